@@ -1,0 +1,11 @@
+"""Fused kernels for parameter-efficient fine-tuning, as drop-in PyTorch modules."""
+
+from __future__ import annotations
+
+from peft_kernels import functional
+from peft_kernels.dispatch import explain, use_backend
+from peft_kernels.nn import FusedLoRALinear
+
+__version__ = "0.1.0"
+
+__all__ = ["FusedLoRALinear", "explain", "functional", "use_backend"]

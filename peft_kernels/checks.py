@@ -1,0 +1,84 @@
+"""Argument checks shared by the functions of `functional.py`: each raises before anything is computed and says
+which argument it is about, what it got and what it needs."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
+MAX_RANK = 512
+
+
+def shape_text(shape) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}; expected a torch.Tensor")
+
+
+def check_floating(op: str, name: str, value: object) -> None:
+    check_tensor(op, name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} has dtype {value.dtype}; expected float32, float16, bfloat16 or float64")
+
+
+def check_shape(op: str, name: str, value: Tensor, expected: tuple, why: str) -> None:
+    """`expected` holds sizes, or a name where any size will do."""
+    fits = len(value.shape) == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(value.shape)}, but {why}; expected {shape_text(expected)}"
+        )
+
+
+def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{op}: {name} is on {value.device}, but x is on {device}; expected all on one device")
+
+
+def check_same_dtype(op: str, name: str, value: Tensor, dtype: torch.dtype, whose: str) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {value.dtype}, but {whose} has {dtype}; expected the same")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} is {type(value).__name__}; expected a number")
+
+
+def check_finite(op: str, name: str, value: object) -> None:
+    check_number(op, name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: {name} is {value}; expected a finite number")
+
+
+def check_probability(op: str, name: str, value: object) -> None:
+    check_number(op, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} is {value}; expected a probability in [0, 1]")
+
+
+def check_rank(op: str, name: str, r: int) -> None:
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"{op}: {name} is {r}; expected 1 <= {name} <= {MAX_RANK}")
+
+
+def check_seed(op: str, seed: object, device: torch.device) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{op}: seed has dtype {seed.dtype}; expected torch.int64")
+        if seed.numel() != 1:
+            raise ValueError(f"{op}: seed has shape {shape_text(seed.shape)}; expected (1,)")
+        check_device(op, "seed", seed, device)
+    elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise TypeError(f"{op}: seed is {seed!r}; expected an integer, an int64 tensor or None")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: seed is {seed}; expected a signed 64-bit integer")

@@ -1,0 +1,1 @@
+"""The implementations: `kernels/<backend>/<op>.py`, chosen by `peft_kernels.dispatch`."""

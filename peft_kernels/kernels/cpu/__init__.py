@@ -1,0 +1,1 @@
+"""Thin calls into csrc/*.cpp."""
