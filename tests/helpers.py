@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,13 @@ class LoraProblem:
         with peft_kernels.use_backend("reference"):
             return functional.philox_dropout(ones, self.dropout_p, self.seed) if self.dropout_p else ones
 
+    def absolute(self) -> LoraProblem:
+        """The same problem with every number replaced by its absolute value: the size of the terms that are summed."""
+        twin = replace(self, scaling=abs(self.scaling))
+        twin.tensors = {n: None if v is None else v.detach().abs().requires_grad_() for n, v in self.tensors.items()}
+        twin.grad_y = self.grad_y.abs()
+        return twin
+
     def eager(self, dtype: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """PyTorch's own composition, differentiated by autograd, at the problem's dtypes or all in `dtype`."""
         t = {
@@ -105,3 +112,29 @@ def assert_as_accurate_as_eager(problem: LoraProblem, result, ratio: float = RAT
         error, allowed = relative_error(value, truth), relative_error(eager, truth)
         floor = torch.finfo(value.dtype).eps / 4
         assert error <= max(ratio * allowed, floor), f"{name}: error {error:.3e}, eager has {allowed:.3e}"
+
+
+def assert_within_rounding(problem: LoraProblem, result) -> None:
+    """Each single element of the output and of the gradients is within the rounding error that any sound order of the
+    sums may have: |value - truth| <= (8 u + 4 sqrt(L) u32) T, where T is the same composition of absolute values, L the
+    length of the sums, u and u32 the unit roundings of the dtype and of float32 accumulation (Higham and Mary, "A new
+    approach to probabilistic rounding error analysis", 2019). Unlike a ratio to eager, this is sharp for tiny problems.
+    """
+    truth, terms = _named(problem.eager(torch.float64)), _named(problem.absolute().eager(torch.float64))
+    rows = problem.tensors["x"].numel() // max(1, problem.k)
+    length = problem.k + problem.n + problem.r + rows
+    for name, value in _named(result).items():
+        assert value.shape == truth[name].shape, f"{name}: shape {tuple(value.shape)}, not {tuple(truth[name].shape)}"
+        dtype, wide = torch.finfo(problem.dtype), torch.finfo(torch.promote_types(problem.dtype, torch.float32))
+        unit = max(dtype.eps, torch.finfo(value.dtype).eps) / 2
+        bound = (8 * unit + 4 * length**0.5 * wide.eps / 2) * terms[name] + 8 * length * unit * dtype.tiny  # underflow
+        excess = ((value.double() - truth[name]).abs() - bound).cpu()
+        assert not excess.isnan().any(), f"{name}: NaN"
+        assert excess.numel() == 0 or excess.max() <= 0, (
+            f"{name}: an element is {float(excess.max()):.3e} past its bound"
+        )
+
+
+def _named(result) -> dict[str, Tensor]:
+    y, grads = result
+    return {"y": y, **grads}
