@@ -16,7 +16,7 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -118,8 +118,30 @@ def choose(op: str, problem: Any) -> Choice:
 
 
 def select(op: str, problem: Any) -> ModuleType:
-    """The module of the chosen implementation: what an op calls."""
+    """The module of the implementation that `choose` takes: what an op calls."""
     return _implementation(op, _choose(op, problem, _forced).backend)
+
+
+_selected: dict[tuple, ModuleType] = {}
+
+
+def select_memoised(op: str, key: tuple, problem: Callable[..., Any], *args: Any) -> ModuleType:
+    """`select(op, problem(*args))` for ops that are called on tiny tensors, where building the problem would cost as much
+    as a matmul: it is built once per `key`.
+
+    Args:
+        op: the op's name.
+        key: hashable, cheap to make, and enough to determine `problem(*args)`.
+        problem: makes the op's problem from `args`.
+    """
+    entry = (op, _forced, key)
+    module = _selected.get(entry)
+    if module is None:
+        module = select(op, problem(*args))
+        if len(_selected) >= 4096:
+            _selected.clear()
+        _selected[entry] = module
+    return module
 
 
 @contextlib.contextmanager
@@ -127,8 +149,8 @@ def use_backend(backend: str | None) -> Iterator[None]:
     """Runs every op inside the `with` block by one implementation, in all threads of the process.
 
     An op that has no implementation of that name keeps its own choice; one that has it but cannot compute the
-    problem raises RuntimeError. The backward pass follows the backend in force when it runs. The environment
-    variable PEFT_KERNELS_BACKEND does the same for a whole process.
+    problem raises RuntimeError. A backward pass outside the block keeps the implementation of its forward, unless a
+    compiled graph runs it. The environment variable PEFT_KERNELS_BACKEND does the same for a whole process.
 
     Args:
         backend: "reference", "composed", "triton", "cuda", "cpu", or None for the automatic choice.
@@ -148,6 +170,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
 def forget() -> None:
     """Drops remembered choices, for when tuning files or the loaded extension changed in this process."""
     _choose.cache_clear()
+    _selected.clear()
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Choice:

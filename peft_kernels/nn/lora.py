@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_kernels.checks import check_finite, check_probability, check_rank
+from peft_kernels.checks import check_finite, check_floating, check_probability, check_rank
 from peft_kernels.functional import lora_linear
 
 _NAME = "FusedLoRALinear"
@@ -38,11 +38,14 @@ class FusedLoRALinear(nn.Module):
         lora_B: [out_features, r], trained.
         scaling: the factor of the low-rank branch.
         merged: whether `weight` currently includes the update.
+        fan_in_fan_out: whether the layer took over a `Conv1D`, whose own weight is [in_features, out_features].
 
     Raises:
         ValueError: r outside 1..512, a probability outside [0, 1], a non-finite alpha, a size below zero.
         TypeError: a number of the wrong type, or an integer dtype.
     """
+
+    fan_in_fan_out = False
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class FusedLoRALinear(nn.Module):
         self._set_up(base.weight, base.bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
 
     def _set_up(self, weight, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype) -> None:
+        check_floating(_NAME, "weight", weight)
         check_rank(_NAME, "r", r)
         check_finite(_NAME, "lora_alpha", lora_alpha)
         check_probability(_NAME, "lora_dropout", lora_dropout)
@@ -101,17 +105,21 @@ class FusedLoRALinear(nn.Module):
             A layer in the same training mode as `linear`, whose `weight` has the same storage as `linear.weight`.
 
         Raises:
-            TypeError: `linear` is neither (a subclass may compute something else, so it is refused too).
+            TypeError: `linear` is neither (a subclass may compute something else, so it is refused too), or its weight
+                is not floating-point.
             ValueError: as for the class.
         """
         weight = _weight_of(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._set_up(weight, linear.bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        linear.weight.requires_grad_(False)
+        layer.fan_in_fan_out = weight is not linear.weight
         return layer.train(linear.training)
 
     def reset_lora_parameters(self) -> None:
-        """A ~ Kaiming uniform with a = sqrt(5), B = 0: the layer equals the frozen one again."""
+        """A ~ Kaiming uniform with a = sqrt(5), B = 0: the layer, unmerged, equals the frozen one again."""
+        self.unmerge()
         if self.lora_A.is_meta:
             return
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -120,9 +128,14 @@ class FusedLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._unmerged_weight is not None:
             return F.linear(x, self.weight, self.bias)
+        held = self._parameters  # looked up here: nn.Module's attribute access costs 2 µs a parameter
+        try:
+            weight, bias, lora_A, lora_B = held["weight"], held["bias"], held["lora_A"], held["lora_B"]
+        except KeyError:  # parametrised or sharded: the attributes compute or hold the tensors
+            weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
         return lora_linear(
-            x, self.weight, self.lora_A, self.lora_B,
-            scaling=self.scaling, bias=self.bias, dropout_p=self.lora_dropout, training=self.training,
+            x, weight, lora_A, lora_B,
+            scaling=self.scaling, bias=bias, dropout_p=self.lora_dropout, training=self.training,
         )  # fmt: skip
 
     @property
@@ -177,6 +190,31 @@ class FusedLoRALinear(nn.Module):
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return linear.train(self.training)
 
+    def _apply(self, fn, recurse=True):
+        # The weight set aside by `merge` is no registered parameter, but follows .to(), .half() and the like as one.
+        if self._unmerged_weight is None:
+            return super()._apply(fn, recurse)
+        self._parameters["_unmerged_weight"] = self.__dict__.pop("_unmerged_weight")
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.__dict__["_unmerged_weight"] = self._parameters.pop("_unmerged_weight")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        # A checkpoint holds W itself: one with the merged weight would apply the update twice when loaded.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unmerged_weight is not None:
+            weight = self._unmerged_weight
+            destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        # What is loaded is W, A and B; a merged layer is merged again from them.
+        merged = self.merged
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+        if merged:
+            self.merge()
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -190,8 +228,7 @@ def _weight_of(linear: nn.Module) -> nn.Parameter:
     if kind is nn.Linear:
         return linear.weight
     if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        linear.weight.requires_grad_(False)
-        return nn.Parameter(linear.weight.t(), requires_grad=False)
+        return nn.Parameter(linear.weight.detach().t(), requires_grad=False)
     raise TypeError(
         f"{_NAME}.from_linear: got {kind.__module__}.{kind.__qualname__}; "
         "expected exactly torch.nn.Linear or transformers' Conv1D"

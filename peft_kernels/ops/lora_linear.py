@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_kernels import dispatch
+from peft_kernels.ops._eager import is_plain
 
 SCHEMAS = {
     "lora_linear": (
@@ -51,19 +52,39 @@ def problem(x, weight, lora_A, lora_B, *, dropout_p=0.0, training=True, **_) -> 
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim == 2 else tensor.unsqueeze(0) if tensor.ndim == 1 else tensor.flatten(0, -2)
+    return tensor.unsqueeze(0) if tensor.ndim == 1 else tensor.flatten(0, -2)
 
 
 def _unflatten(rows: Tensor, batch: torch.Size) -> Tensor:
     # An ordinary view would make autograd refuse in-place changes of the result; nothing else holds `rows`.
-    return rows if len(batch) == 1 else torch.ops.aten._unsafe_view(rows, (*batch, rows.shape[-1]))
+    return torch.ops.aten._unsafe_view(rows, (*batch, rows.shape[-1]))
+
+
+def _select(rows, lora_A, lora_B, dropout):
+    key = (rows.shape, rows.dtype, rows.device, lora_A.shape, lora_A.dtype, lora_B.shape, dropout)
+    return dispatch.select_memoised("lora_linear", key, _problem, rows, lora_A, lora_B, dropout)
+
+
+def _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    if x.ndim == 2:
+        return implementation.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    y, s = implementation.forward(_rows(x), weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    return _unflatten(y, x.shape[:-1]), _unflatten(s, x.shape[:-1])
+
+
+def _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
+    """Gradients of (x, weight, bias, lora_A, lora_B), None where `needs` says that nobody asked."""
+    if grad_y.ndim == 2:
+        return implementation.backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    batch = grad_y.shape[:-1]
+    rows = (t if t is None else _rows(t) for t in (grad_y, x, s))
+    grad_x, *others = implementation.backward(*rows, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    return grad_x if grad_x is None else _unflatten(grad_x, batch), *others
 
 
 def kernel(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-    implementation = dispatch.select("lora_linear", _problem(x, lora_A, lora_B, seed is not None))
-    batch = x.shape[:-1]
-    y, s = implementation.forward(_rows(x), weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    return _unflatten(y, batch), _unflatten(s, batch)
+    implementation = _select(x, lora_A, lora_B, seed is not None)
+    return _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def fake(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
@@ -72,16 +93,9 @@ def fake(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 
 
 def backward_kernel(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
-    implementation = dispatch.select("lora_linear", _problem(grad_y, lora_A, lora_B, seed is not None))
-    batch = grad_y.shape[:-1]
-    grads = implementation.backward(
-        _rows(grad_y), x if x is None else _rows(x), s if s is None else _rows(s),
-        weight, lora_A, lora_B, scaling, dropout_p, seed, needs,
-    )  # fmt: skip
-    grads = [grad for grad in grads if grad is not None]
-    if needs[0]:
-        grads[0] = _unflatten(grads[0], batch)
-    return grads
+    implementation = _select(grad_y, lora_A, lora_B, seed is not None)
+    grads = _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    return [grad for grad in grads if grad is not None]
 
 
 def backward_fake(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
@@ -100,7 +114,12 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-        y, s = torch.ops.peft_kernels.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        if is_plain(x):
+            ctx.implementation = implementation = _select(x, lora_A, lora_B, seed is not None)
+            y, s = _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        else:
+            ctx.implementation = None
+            y, s = torch.ops.peft_kernels.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         _, need_weight, _, need_a, need_b = ctx.needs_input_grad[:5]
         saved_x = x if need_a or need_weight else None
         ctx.save_for_backward(saved_x, s if need_b else None, weight, lora_A, lora_B, seed)
@@ -108,15 +127,29 @@ class LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
-        needs = ctx.needs_input_grad[:5]
-        x, s, weight, lora_A, lora_B, seed = ctx.saved_tensors
-        grads = torch.ops.peft_kernels.lora_linear_backward(
+        gradients = _gradients_once if torch.is_grad_enabled() else _gradients
+        return gradients(ctx, grad_y)
+
+
+def _gradients(ctx, grad_y):
+    needs = ctx.needs_input_grad[:5]
+    x, s, weight, lora_A, lora_B, seed = ctx.saved_tensors
+    if ctx.implementation is not None and is_plain(grad_y):
+        grads = _backward(
+            ctx.implementation, grad_y, x, s, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, needs
+        )
+        return *grads, None, None, None
+    wanted = iter(
+        torch.ops.peft_kernels.lora_linear_backward(
             grad_y, x, s, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, needs
         )
-        grads = iter(grads)
-        return (*(next(grads) if need else None for need in needs), None, None, None)
+    )
+    return (*[next(wanted) if need else None for need in needs], None, None, None)
+
+
+# Under create_graph=True: S was saved as a constant, so a second derivative would be silently wrong. This raises.
+_gradients_once = once_differentiable(_gradients)
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
@@ -134,7 +167,7 @@ def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     """The op with autograd, for arguments that `functional.lora_linear` has checked. `seed` is None without dropout."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     if torch.is_grad_enabled():
         return LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)

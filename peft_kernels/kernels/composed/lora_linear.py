@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Rows are processed in blocks so that temporaries (dropped-out x, its float32 copy) stay bounded.
@@ -33,10 +34,10 @@ def _drop(rows: Tensor, p: float, seed: Tensor | None, first_row: int) -> Tensor
 
 
 def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    a, b = _cast(lora_A, x.dtype), _cast(lora_B, x.dtype)
+    y = F.linear(x, weight, bias)
     if seed is None:
-        s = torch.mm(x, a.t())
+        s = F.linear(x, a)
     else:
         s = x.new_empty(x.shape[0], a.shape[0])
         for block in _row_blocks(*x.shape):
@@ -49,38 +50,45 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     need_x, need_weight, need_bias, need_a, need_b = needs
     grad_x = grad_weight = grad_bias = grad_a = grad_b = None
     if need_x or need_a:
-        grad_s = torch.mm(grad_y, lora_B.to(grad_y.dtype)).mul_(scaling)
+        grad_s = torch.mm(grad_y, _cast(lora_B, grad_y.dtype))  # not yet scaled
     if need_x:
-        grad_x = _grad_x(grad_y, weight, grad_s, lora_A.to(grad_y.dtype), dropout_p, seed)
+        grad_x = _grad_x(grad_y, weight, grad_s, _cast(lora_A, grad_y.dtype), scaling, dropout_p, seed)
     if need_weight:
-        grad_weight = _sum_over_rows(grad_y, x, weight.dtype)
+        grad_weight = _sum_over_rows(grad_y, x, weight)
     if need_bias:
         grad_bias = grad_y.sum(0)
     if need_a:
-        grad_a = _sum_over_rows(grad_s, x, lora_A.dtype, dropout_p, seed)
+        grad_a = _sum_over_rows(grad_s, x, lora_A, scaling, dropout_p, seed)
     if need_b:
-        grad_b = _sum_over_rows(grad_y, s, lora_B.dtype).mul_(scaling)
+        grad_b = _sum_over_rows(grad_y, s, lora_B, scaling)
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 
-def _grad_x(grad_y, weight, grad_s, a, dropout_p, seed):
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _grad_x(grad_y, weight, grad_s, a, scaling, dropout_p, seed):
     grad_x = torch.mm(grad_y, weight)
     if seed is None:
-        return grad_x.addmm_(grad_s, a)
+        return grad_x.addmm_(grad_s, a, alpha=scaling)
     for block in _row_blocks(*grad_x.shape):
-        grad_x[block] += _drop(torch.mm(grad_s[block], a), dropout_p, seed, block.start)
+        grad_x[block].add_(_drop(torch.mm(grad_s[block], a), dropout_p, seed, block.start), alpha=scaling)
     return grad_x
 
 
-def _sum_over_rows(left: Tensor, right: Tensor, dtype: torch.dtype, dropout_p: float = 0.0, seed=None) -> Tensor:
-    """leftᵀ · drop(right), [left columns, right columns]: accumulated in at least float32, rounded once to `dtype`."""
+def _sum_over_rows(left, right, parameter, scaling=1.0, dropout_p=0.0, seed=None) -> Tensor:
+    """scaling · leftᵀ · drop(right), the gradient of `parameter` [left columns, right columns]: accumulated in at least
+    float32 and rounded once, to the parameter's dtype."""
+    dtype = parameter.dtype
     if seed is None and left.dtype == dtype:
-        return torch.mm(left.t(), right)
+        # With beta = 0 the parameter lends its shape only; its values are not read.
+        return torch.addmm(parameter, left.t(), right, beta=0, alpha=scaling)
     if seed is None and left.is_cuda and dtype == torch.float32:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
+        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(scaling)
     wide = torch.promote_types(torch.float32, left.dtype)
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=wide, device=left.device)
+    total = torch.zeros(parameter.shape, dtype=wide, device=left.device)
     for block in _row_blocks(*right.shape):
         rows = _drop(right[block], dropout_p, seed, block.start)
-        total.addmm_(left[block].to(wide).t(), rows.to(wide))
+        total.addmm_(left[block].to(wide).t(), rows.to(wide), alpha=scaling)
     return total.to(dtype)

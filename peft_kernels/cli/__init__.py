@@ -1,0 +1,1 @@
+"""The command line `peft-kernels`: one file or folder per command."""

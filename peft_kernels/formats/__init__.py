@@ -1,0 +1,1 @@
+"""Data layouts and their conversions: bytes and files in, tensors out; no modules."""

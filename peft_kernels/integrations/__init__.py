@@ -1,0 +1,71 @@
+"""Other libraries' models on this library's kernels. Nothing here imports those libraries before it is asked to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft_kernels.integrations.report import Report
+
+__all__ = ["accelerate", "restore"]
+
+
+def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+    """Runs the LoRA layers of a Hugging Face PEFT model through `functional.lora_linear`, in place.
+
+    No parameter, buffer or module is renamed, replaced or copied: only the class of each supported layer changes, to a
+    subclass of PEFT's that overrides `forward`. state_dict, optimizers, saving, loading, merging, adding and switching
+    adapters work as before. What is not supported (`Report` says what and why) runs PEFT's own code, decided at every
+    call, and each reason is logged once, as a warning of the logger "peft_kernels".
+
+    Numbers equal PEFT's up to rounding, with two differences by design: float32 adapters beside a 16-bit base weight
+    are rounded to 16 bits for the products, instead of x being widened to float32 (their gradients are summed in
+    float32); and `lora_dropout` draws other, equally distributed masks. Second derivatives raise RuntimeError.
+
+    Args:
+        model: a `PeftModel`, or any model that holds PEFT's LoRA layers. Call it again after adding an adapter that
+            targets new modules; layers that are accelerated already stay so.
+        strict: raise instead of running PEFT's code: now, for any layer that would, and at every later call. Calls that
+            have nothing to fuse (adapters disabled or merged) do not raise later.
+
+    Returns:
+        A `Report` that prints as a table of the layers.
+
+    Raises:
+        ImportError: `peft` is not installed.
+        TypeError: model is not a `torch.nn.Module`.
+        RuntimeError: no layer can be fused, or with `strict` not every one. The model is unchanged.
+    """
+    return _peft().accelerate(model, strict=strict)
+
+
+def restore(model: nn.Module) -> int:
+    """Undoes `accelerate`: every layer runs PEFT's own code again. A model that is not accelerated stays as it is.
+
+    Args:
+        model: what was given to `accelerate`, or a model that contains it.
+
+    Returns:
+        The number of layers that were restored.
+
+    Raises:
+        ImportError: `peft` is not installed.
+        TypeError: model is not a `torch.nn.Module`.
+    """
+    return _peft().restore(model)
+
+
+def _peft():
+    try:
+        from peft_kernels.integrations import peft
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] != "peft":
+            raise
+        raise ImportError(
+            "peft_kernels.accelerate works on models of Hugging Face PEFT, which is not installed; "
+            "install it with: pip install 'peft-kernels[peft]'",
+            name="peft",
+        ) from error
+    return peft

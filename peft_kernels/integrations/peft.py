@@ -1,0 +1,272 @@
+"""Hugging Face PEFT's LoRA layers through `functional.lora_linear`, by changing their class in place.
+
+PEFT's `lora.Linear` computes base(x) + s · B(A(drop(x))) by calling its children. `FusedPeftLinear` reads the children's
+tensors instead, which is the same only as long as calling them would do nothing else. That can change at any time (hooks,
+parallelism wrappers, a second adapter, merging), so it is tested at every call; `_operands` is that test.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import types
+from collections import Counter
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import Parameter
+from transformers.pytorch_utils import Conv1D
+
+from peft_kernels import parity
+from peft_kernels.checks import MAX_RANK
+from peft_kernels.functional import lora_linear
+from peft_kernels.integrations.report import Calls, Report, Row
+
+logger = logging.getLogger("peft_kernels")
+
+_PLAIN = frozenset((Tensor, Parameter))
+_BASES = (nn.Linear, Conv1D)
+_DROPOUTS = (nn.Identity, nn.Dropout)
+
+DISABLED = "the adapters are disabled"
+MERGED = "the adapter is merged into the base weight"
+NOT_HERE = "no active adapter has weights in this layer"
+# With these the base layer alone runs: nothing is lost, so that `strict` lets them pass at a call.
+NOTHING_TO_FUSE = frozenset((DISABLED, MERGED, NOT_HERE))
+
+
+class Site(NamedTuple):
+    """A layer's name in its model, and the record that the layers of the model share."""
+
+    name: str
+    calls: Calls
+
+
+class FusedPeftLinear(Linear):
+    """PEFT's `lora.Linear` with a `forward` that calls `functional.lora_linear` where that computes the same.
+
+    Made by `accelerate`, which changes the class of an existing layer; all state is PEFT's own.
+    """
+
+    _peft_kernels = Site("a layer", Calls())
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """As PEFT's: x [..., in_features] to [..., out_features]. Anything but x goes to PEFT's own code."""
+        operands = _arguments_objection(args, kwargs) if args or kwargs else _operands(self, x)
+        if type(operands) is str:
+            _record(self, operands)
+            return Linear.forward(self, x, *args, **kwargs)
+        weight, bias, lora_A, lora_B, scaling, dropout_p = operands
+        return lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p)
+
+    def _get_name(self) -> str:
+        return "Linear"  # so that repr says `lora.Linear`, as PEFT's
+
+
+def _arguments_objection(args: tuple, kwargs: dict) -> str:
+    names = sorted(kwargs) or [f"{len(args)} positional"]
+    return f"the call has arguments besides x ({', '.join(names)})"
+
+
+def _operands(layer: Linear, x: Tensor | None) -> tuple | str:
+    """The arguments of `lora_linear` for a call with x, or why PEFT's own code has to run. x = None asks about the layer
+    alone. This runs at every call: cheap tests only, dictionaries read directly (`nn.Module.__getattr__` costs ten times
+    as much), no text before a test fails."""
+    if layer._disable_adapters:
+        return DISABLED
+    if layer.merged_adapters:
+        return MERGED
+    children = layer._modules
+    adapters = children["lora_A"]._modules
+    names = layer._active_adapter
+    if type(names) is str:
+        names = (names,)
+    if len(names) != 1 or names[0] not in adapters:
+        names = [name for name in names if name in adapters]
+        if len(names) != 1:
+            return f"{len(names)} adapters are active at once" if names else NOT_HERE
+    name = names[0]
+    if name in layer.lora_variant:
+        return f"the adapter is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
+    a, b = adapters[name], children["lora_B"]._modules[name]
+    base, dropout = children["base_layer"], children["lora_dropout"]._modules[name]
+    if type(base) not in _BASES or type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in _DROPOUTS:
+        return _type_objection(base, a, b, dropout)
+    for child in (base, a, b, dropout):
+        state = child.__dict__
+        if (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
+            return _hook_objection(base, a, b, dropout)
+    if not layer.cast_input_dtype_enabled:
+        return "PEFT's casting of the input is switched off (cast_input_dtype_enabled)"
+    if _has_any_global_hook():
+        return "a global module hook is registered"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform (vmap, grad, ...) is active"
+    weight, bias, lora_A, lora_B = _read(base, "weight"), _read(base, "bias"), _read(a, "weight"), _read(b, "weight")
+    scaling = layer.scaling[name]
+    reason = _tensor_objection(weight, bias, lora_A, lora_B, _read(b, "bias"), scaling)
+    if reason is None and x is not None:
+        reason = _input_objection(x, weight)
+    if reason is not None:
+        return reason
+    dropout_p = 0.0
+    if type(dropout) is nn.Dropout and dropout.training:
+        if dropout.inplace:
+            return "lora_dropout works in place"
+        dropout_p = float(dropout.p)
+    return weight.t() if type(base) is Conv1D else weight, bias, lora_A, lora_B, scaling, dropout_p
+
+
+def _read(module: nn.Module, name: str) -> Tensor | None:
+    parameters = module._parameters
+    # FSDP1 and DataParallel put the tensor of the moment beside the parameters, where getattr finds it.
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _tensor_objection(weight, bias, lora_A, lora_B, lora_bias, scaling) -> str | None:
+    if type(weight) not in _PLAIN or type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
+        kind = next(type(t).__name__ for t in (weight, lora_A, lora_B) if type(t) not in _PLAIN)
+        return f"a weight is a {kind}, not a plain tensor"
+    if lora_bias is not None:
+        return "the adapter has a bias (lora_bias)"
+    if lora_A.dtype != lora_B.dtype:
+        return f"lora_A is {lora_A.dtype}, lora_B {lora_B.dtype}"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"the base weight is {weight.dtype}, its bias {bias.dtype}"
+    if not weight.is_floating_point() or weight.element_size() == 1 or lora_A.element_size() == 1:
+        return f"the base weight is {weight.dtype}, the adapter {lora_A.dtype}"
+    if lora_A.shape[0] > MAX_RANK:
+        return f"the rank is above {MAX_RANK}"
+    if type(scaling) is not float or not -math.inf < scaling < math.inf:
+        return f"scaling is {f'a {type(scaling).__name__}' if type(scaling) is not float else scaling}"
+    return None
+
+
+def _input_objection(x: Tensor, weight: Tensor) -> str | None:
+    if type(x) not in _PLAIN:
+        return f"x is a {type(x).__name__}, not a plain tensor"
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {x.dtype}, the base weight {weight.dtype}"
+    return None
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _type_objection(base, a, b, dropout) -> str:
+    if type(base) not in _BASES:
+        return f"the base layer is a {_full_name(base)}, not exactly torch.nn.Linear or transformers' Conv1D"
+    if type(dropout) not in _DROPOUTS:
+        return f"lora_dropout is a {_full_name(dropout)}, not torch.nn.Dropout"
+    child = b if type(a) is nn.Linear else a
+    return f"an adapter weight is in a {_full_name(child)}, not in a torch.nn.Linear"
+
+
+def _hook_objection(*children: nn.Module) -> str:
+    names = ("base_layer", "lora_A", "lora_B", "lora_dropout")
+    for name, child in zip(names, children, strict=True):
+        if "forward" in child.__dict__:
+            return f"the forward of {name} is replaced (by accelerate's or tensor-parallel hooks, for example)"
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(child.__dict__[kind] for kind in kinds):
+            return f"{name} has hooks"
+    raise AssertionError("no child has hooks")
+
+
+def _record(layer: FusedPeftLinear, reason: str) -> None:
+    """Counts a call of PEFT's own code and logs its reason, the first time. Compiled code is not counted: a counter that
+    changes would make it recompile."""
+    name, calls = layer._peft_kernels
+    if calls.strict and reason not in NOTHING_TO_FUSE:
+        raise RuntimeError(f"{name}: {reason}, which needs PEFT's own code; accelerate(..., strict=True) refuses that")
+    if torch.compiler.is_compiling():
+        return
+    if reason not in calls.fallbacks:
+        logger.warning("%s runs PEFT's own code: %s", name, reason)
+        calls.fallbacks[reason] = Counter()
+    calls.fallbacks[reason][name] += 1
+
+
+def _lasting_objection(layer: BaseTunerLayer) -> str | None:
+    """Why a layer can never be fused, whatever its state."""
+    if type(layer) not in (Linear, FusedPeftLinear):
+        return f"the layer is PEFT's {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__qualname__}"
+    if "forward" in layer.__dict__ and type(layer) is Linear:
+        return "the forward of the layer is replaced; call accelerate before whatever replaces it"
+    base = layer.base_layer
+    if type(base) not in _BASES:
+        return _type_objection(base, None, None, None)
+    return None
+
+
+def _objection(layer: BaseTunerLayer, sharded: bool) -> str | None:
+    """Why a layer would not run fused as it is now."""
+    reason = _lasting_objection(layer)
+    if reason is None:
+        operands = _operands(layer, None)
+        reason = operands if type(operands) is str else None
+    if sharded and reason == "a weight is a DTensor, not a plain tensor":
+        return None  # FSDP2 gathers it into a plain tensor before the layer is called
+    return reason
+
+
+def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model is {type(model).__name__}; expected a torch.nn.Module")
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+    """See `peft_kernels.accelerate`."""
+    layers = _tuner_layers(model)
+    sharded = _is_sharded(model)
+    reasons = {name: _objection(layer, sharded) for name, layer in layers.items()}
+    calls = Calls(strict)
+    report = Report(tuple(Row(name, reason is None, reason or "") for name, reason in reasons.items()), calls)
+    if not layers:
+        raise RuntimeError("accelerate: the model has no PEFT layers; make them with peft.get_peft_model first")
+    if not report.fused:
+        raise RuntimeError(f"accelerate: no layer can be fused; the model is unchanged\n{report}")
+    if strict and report.skipped:
+        raise RuntimeError(f"accelerate: strict=True, but not every layer can be fused; the model is unchanged\n{report}")
+    for reason, names in report.reasons.items():
+        logger.warning("%d layers run PEFT's own code: %s (first: %s)", len(names), reason, names[0])
+        calls.fallbacks[reason] = Counter()
+    for name, layer in layers.items():
+        if _lasting_objection(layer) is None:
+            layer.__class__ = FusedPeftLinear
+            layer._peft_kernels = Site(name, calls)
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """See `peft_kernels.restore`."""
+    layers = [layer for layer in _tuner_layers(model).values() if type(layer) is FusedPeftLinear]
+    for layer in layers:
+        layer.__class__ = Linear
+        layer.__dict__.pop("_peft_kernels", None)
+        # accelerate's hooks keep the method that they replaced.
+        old = layer.__dict__.get("_old_forward")
+        if getattr(old, "__func__", None) is FusedPeftLinear.forward:
+            layer._old_forward = types.MethodType(Linear.forward, layer)
+    return len(layers)
