@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ def shape_text(shape) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
-def check_tensor(op: str, name: str, value: object) -> None:
+def check_tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} is {type(value).__name__}; expected a torch.Tensor")
 
 
-def check_floating(op: str, name: str, value: object) -> None:
+def check_floating(op: str, name: str, value: Any) -> None:
     check_tensor(op, name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {value.dtype}; expected float32, float16, bfloat16 or float64")
@@ -49,29 +50,31 @@ def check_same_dtype(op: str, name: str, value: Tensor, dtype: torch.dtype, whos
         raise TypeError(f"{op}: {name} has dtype {value.dtype}, but {whose} has {dtype}; expected the same")
 
 
-def check_number(op: str, name: str, value: object) -> None:
+def check_number(op: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} is {type(value).__name__}; expected a number")
 
 
-def check_finite(op: str, name: str, value: object) -> None:
+def check_finite(op: str, name: str, value: Any) -> None:
     check_number(op, name, value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} is {value}; expected a finite number")
 
 
-def check_probability(op: str, name: str, value: object) -> None:
+def check_probability(op: str, name: str, value: Any) -> None:
     check_number(op, name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: {name} is {value}; expected a probability in [0, 1]")
 
 
 def check_rank(op: str, name: str, r: int) -> None:
+    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} is {r!r}; expected an integer")
     if not 1 <= r <= MAX_RANK:
         raise ValueError(f"{op}: {name} is {r}; expected 1 <= {name} <= {MAX_RANK}")
 
 
-def check_seed(op: str, seed: object, device: torch.device) -> None:
+def check_seed(op: str, seed: Any, device: torch.device) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"{op}: seed has dtype {seed.dtype}; expected torch.int64")
@@ -80,5 +83,5 @@ def check_seed(op: str, seed: object, device: torch.device) -> None:
         check_device(op, "seed", seed, device)
     elif isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"{op}: seed is {seed!r}; expected an integer, an int64 tensor or None")
-    elif not -(2**63) <= seed < 2**63:
+    elif not -(2**63) <= int(seed) < 2**63:
         raise ValueError(f"{op}: seed is {seed}; expected a signed 64-bit integer")

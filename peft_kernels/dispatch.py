@@ -7,7 +7,8 @@ Every op has one module per implementation, `kernels/<backend>/<op>.py`. Such a 
   that it wins on this device. `use_backend` overrides this, never the first.
 
 `choose` walks `ORDER[op]` and takes the first implementation that raises no objection. Every order ends in an
-implementation that supports everything, so a new GPU or an odd shape never raises: it runs slower, and `explain` says why.
+implementation that supports everything, so a new GPU or an odd shape never raises: it runs slower, and `explain` says
+why.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _choose(op: str, problem: Any, forced: str | None) -> Choice:
         if reason is not None:
             raise RuntimeError(f"{op}: backend {forced!r} was asked for but cannot run this problem: {reason}")
         return Choice(op, forced, "asked for by use_backend", ())
-    rejected = []
+    rejected: list[tuple[str, str]] = []
     for backend in ORDER[op]:
         reason = objection(op, backend, problem)
         if reason is None:
@@ -126,8 +127,8 @@ _selected: dict[tuple, ModuleType] = {}
 
 
 def select_memoised(op: str, key: tuple, problem: Callable[..., Any], *args: Any) -> ModuleType:
-    """`select(op, problem(*args))` for ops that are called on tiny tensors, where building the problem would cost as much
-    as a matmul: it is built once per `key`.
+    """`select(op, problem(*args))` for ops that are called on tiny tensors, where building the problem would cost as
+    much as a matmul: it is built once per `key`.
 
     Args:
         op: the op's name.

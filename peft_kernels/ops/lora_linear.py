@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peft_kernels import dispatch
 from peft_kernels.ops._eager import is_plain
@@ -29,7 +28,7 @@ class Problem(NamedTuple):
     sizes do not ask again and again."""
 
     device: str
-    index: int | None
+    device_index: int | None
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     m: int
@@ -128,13 +127,17 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        gradients = _gradients_once if torch.is_grad_enabled() else _gradients
-        return gradients(ctx, grad_y)
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return _gradients(ctx, grad_y, saved)
+        with torch.no_grad():
+            grads = _gradients(ctx, grad_y, saved)
+        return _guarded(grads, grad_y, saved)
 
 
-def _gradients(ctx, grad_y):
+def _gradients(ctx, grad_y, saved):
     needs = ctx.needs_input_grad[:5]
-    x, s, weight, lora_A, lora_B, seed = ctx.saved_tensors
+    x, s, weight, lora_A, lora_B, seed = saved
     if ctx.implementation is not None and is_plain(grad_y):
         grads = _backward(
             ctx.implementation, grad_y, x, s, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, needs
@@ -148,8 +151,29 @@ def _gradients(ctx, grad_y):
     return (*[next(wanted) if need else None for need in needs], None, None, None)
 
 
-# Under create_graph=True: S was saved as a constant, so a second derivative would be silently wrong. This raises.
-_gradients_once = once_differentiable(_gradients)
+class _NotTwice(torch.autograd.Function):
+    """Identity on the first `count` tensors. The others are what those depend on: they connect the graph to the parameters.
+    `once_differentiable` connects grad_y only: with y.sum(), whose grad_y is constant, a gradient penalty would vanish
+    from the parameters' gradients without a word."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "lora_linear: tried to differentiate twice, which is not supported: x Aᵀ is saved as a constant. "
+            "For gradient penalties compute the layer from F.linear instead"
+        )
+
+
+def _guarded(grads, grad_y, saved):
+    """Under create_graph=True: gradients that refuse to be differentiated again."""
+    present = [grad for grad in grads if grad is not None]
+    used = [tensor for tensor in saved if tensor is not None]
+    guarded = iter(_NotTwice.apply(len(present), *present, grad_y, *used))
+    return tuple(None if grad is None else next(guarded) for grad in grads)
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):

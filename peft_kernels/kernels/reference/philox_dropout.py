@@ -1,8 +1,8 @@
 """Specification of the library's dropout: Philox 4x32-10 keyed by (seed, element), one call for 8 neighbours of a row.
 
 For x [M, K] the element (m, k) belongs to the 64-bit counter c = m * ceil(K / 8) + k // 8. The call's key is the
-64-bit seed, its counter words are (c low, c high, 0, 0). Its four 32-bit outputs hold eight 16-bit lanes, word
-k % 8 // 2, low half first; the element is kept where its lane >= round(65536 * p). Kept elements are scaled by 1 / (1 - p).
+64-bit seed, its counter words are (c low, c high, 0, 0). Its four 32-bit outputs hold eight 16-bit lanes: word
+k % 8 // 2, low half first. The element is kept where its lane >= round(65536 * p), and scaled by 1 / (1 - p).
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (constants and round function).
 """
