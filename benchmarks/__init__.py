@@ -1,0 +1,1 @@
+"""Benchmarks of every op against every public peer. See docs/benchmarks.md."""

@@ -1,0 +1,56 @@
+"""Ratios that hold on a noisy machine: two things are timed in turn, and each pair gives one ratio."""
+
+from __future__ import annotations
+
+import statistics
+from typing import NamedTuple, Protocol
+
+
+class Sampler(Protocol):
+    def sample(self) -> float: ...
+
+
+class Ratio(NamedTuple):
+    """The median of a/b over the pairs, its quartiles, a/b of the fastest samples (what an undisturbed machine would
+    show), and both medians in seconds per call."""
+
+    ratio: float
+    low: float
+    high: float
+    best: float
+    a: float
+    b: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} ({self.low:.3f}..{self.high:.3f}), fastest {self.best:.3f}, {self.pairs} pairs"
+
+
+def of_pairs(pairs: list[tuple[float, float]]) -> Ratio:
+    """The `Ratio` of pairs (a, b) that were measured one right after the other."""
+    ratios = [a / b for a, b in pairs]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    columns = list(zip(*pairs, strict=True))
+    a, b = map(statistics.median, columns)
+    best_a, best_b = map(min, columns)
+    return Ratio(middle, low, high, best_a / best_b, a, b, len(pairs))
+
+
+def ratio(a: Sampler, b: Sampler, rounds: int = 30) -> Ratio:
+    """Times a and b in turn, the first of each pair alternating, so that drift and neighbours hit both alike.
+
+    Args:
+        a, b: stopwatches (`timing.stopwatch`).
+        rounds: number of pairs.
+
+    Returns:
+        The `Ratio` a / b, pair by pair.
+    """
+    pairs = []
+    for turn in range(rounds):
+        if turn % 2:
+            second = b.sample()
+            pairs.append((a.sample(), second))
+        else:
+            pairs.append((a.sample(), b.sample()))
+    return of_pairs(pairs)

@@ -1,0 +1,151 @@
+"""The problems that `lora_linear` is measured on, and the least work that each can be done with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.helpers import LoraProblem
+
+FORWARD = "forward"
+FORWARD_BACKWARD = "forward+backward"
+MODES = (FORWARD, FORWARD_BACKWARD)
+
+SCALING = 2.0
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+
+
+class Ceilings(NamedTuple):
+    """What the device reaches: matmul rate [FLOP/s] in one dtype and memory bandwidth [B/s], read plus written."""
+
+    flop_per_s: float
+    bytes_per_s: float
+
+
+@dataclass
+class Tensors(LoraProblem):
+    """`LoraProblem` drawn on the device itself (drawing 10^8 numbers on the host takes seconds), W and b frozen, with
+    the dropout mask of whichever peer is being checked."""
+
+    drop_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+
+        def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = self.dtype) -> Tensor:
+            values = torch.randn(*shape, generator=generator, device=self.device, dtype=torch.float32)
+            return values.mul_(std).to(dtype)
+
+        adapter_dtype = self.adapter_dtype or self.dtype
+        self.tensors = {
+            "x": draw(self.m, self.k).requires_grad_(),
+            "weight": draw(self.n, self.k, std=self.k**-0.5),
+            "bias": draw(self.n) if self.bias else None,
+            "lora_A": draw(self.r, self.k, std=self.k**-0.5, dtype=adapter_dtype).requires_grad_(),
+            "lora_B": draw(self.n, self.r, std=self.r**-0.5, dtype=adapter_dtype).requires_grad_(),
+        }
+        self.grad_y = draw(self.m, self.n)
+
+    def mask(self) -> Tensor:
+        if self.drop_mask is None:
+            return torch.ones_like(self.tensors["x"], dtype=torch.float64).detach()
+        return self.drop_mask
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One problem: M tokens, K in_features, N out_features, rank, dtypes, dropout probability and CPU threads."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype = torch.float32
+    dropout_p: float = 0.0
+    device: str = "cpu"
+    threads: int | None = None
+
+    @property
+    def label(self) -> str:
+        dtypes = f"{DTYPE_NAMES[self.dtype]}-{DTYPE_NAMES[self.adapter_dtype]}"
+        return f"M{self.m}-K{self.k}-N{self.n}-r{self.r}-{dtypes}-p{self.dropout_p:g}"
+
+    def draw(self, seed: int = 1, *, zero_B: bool = False) -> Tensors:
+        """Tensors of this problem; `zero_B` makes it the frozen layer's."""
+        problem = Tensors(
+            m=self.m, k=self.k, n=self.n, r=self.r, dtype=self.dtype, adapter_dtype=self.adapter_dtype, bias=False,
+            scaling=SCALING, dropout_p=self.dropout_p, seed=seed, device=self.device,
+        )  # fmt: skip
+        if zero_B:
+            problem.tensors["lora_B"].detach().zero_()
+        return problem
+
+    def without_dropout(self) -> Spec:
+        return replace(self, dropout_p=0.0)
+
+    def flop(self, mode: str) -> int:
+        """Floating-point operations that any implementation needs (dW is not wanted)."""
+        base, down, up = 2 * self.m * self.n * self.k, 2 * self.m * self.r * self.k, 2 * self.m * self.r * self.n
+        forward = base + down + up
+        # dx = dY W + dS A; dS = dY B; dA = dSᵀ x; dB = dYᵀ S.
+        return forward if mode == FORWARD else forward + base + 2 * down + 2 * up
+
+    def bytes(self, mode: str) -> int:
+        """Bytes that must move, each tensor read or written once a direction; S stays in cache."""
+        size, adapter_size = self.dtype.itemsize, self.adapter_dtype.itemsize
+        adapters = self.r * (self.k + self.n) * adapter_size
+        x, y, weight = self.m * self.k * size, self.m * self.n * size, self.n * self.k * size
+        forward = x + weight + y + adapters
+        # Backward reads dY, W, x, A, B and writes dx, dA, dB.
+        return forward if mode == FORWARD else forward + y + weight + 2 * x + 2 * adapters
+
+    def floor(self, mode: str, ceilings: Ceilings) -> float:
+        """Seconds below which no implementation gets: max(FLOP / rate, bytes / bandwidth)."""
+        return max(self.flop(mode) / ceilings.flop_per_s, self.bytes(mode) / ceilings.bytes_per_s)
+
+
+def cpu_specs() -> list[Spec]:
+    """Host time of a call (tiny), MiniLM's attention and feed-forward layers, and a middle-sized layer."""
+    return [
+        Spec(4, 16, 16, 4, threads=1),
+        Spec(1024, 384, 384, 16, threads=2),
+        Spec(1024, 384, 1536, 16, threads=2),
+        Spec(512, 1024, 1024, 16, threads=2),
+        Spec(512, 1024, 1024, 16, dropout_p=0.05, threads=2),
+    ]
+
+
+def gpu_specs() -> list[Spec]:
+    """The main shape in every variant, then other shapes of Llama-3-8B and decode in the two most used variants."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    main = [
+        Spec(8192, 4096, 4096, r, bf16, adapter, p, "cuda")
+        for r in (16, 64)
+        for adapter in (bf16, fp32)
+        for p in (0.0, 0.05)
+    ]
+    shapes = (
+        (4096, 4096, 14336),
+        (4096, 14336, 4096),
+        (512, 4096, 4096),
+        (2048, 4096, 4096),
+        (8192, 4096, 1024),
+        (1, 4096, 4096),
+        (16, 4096, 4096),
+    )
+    others = [
+        Spec(m, k, n, 16, bf16, adapter, p, "cuda")
+        for m, k, n in shapes
+        for adapter, p in ((bf16, 0.0), (fp32, 0.05))
+        if not (m <= 16 and p)
+    ]
+    return main + others
+
+
+def specs() -> list[Spec]:
+    """What this machine can measure."""
+    return gpu_specs() if torch.cuda.is_available() else cpu_specs()

@@ -1,0 +1,84 @@
+"""Where a number came from: the digest of the sources it measures, the versions and the device."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "unsloth", "lorafusion")
+
+
+def sources(op: str, backend: str, root: Path = ROOT) -> list[Path]:
+    """The files whose change makes a measurement of `op` by `backend` stale: the op, its kernels with what they share,
+    and the tuning tables."""
+    package = root / "peft_kernels"
+    kernels = package / "kernels" / backend
+    patterns = [
+        (package / "ops", f"{op}.py"),
+        (kernels, f"{op}*.py"),
+        (kernels, "_*.py"),
+        (package / "tuning", "*.json"),
+        (root / "csrc", f"**/{op}*"),
+    ]
+    if backend not in ("cuda", "cpu"):
+        patterns.pop()
+    return sorted({path for folder, pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def digest(op: str, backend: str, root: Path = ROOT) -> str:
+    """The first 16 hex digits of the SHA-256 over the names and contents of `sources`."""
+    sha = hashlib.sha256()
+    for path in sources(op, backend, root):
+        sha.update(path.relative_to(root).as_posix().encode())
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of those libraries that are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name() -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def results_folder() -> Path:
+    """`benchmarks/results/<device>`, such as `nvidia-h200` or `cpu`."""
+    return ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+
+
+def machine() -> dict[str, object]:
+    """What the report says of the machine. The host's name stays out: results are published."""
+    facts: dict[str, object] = {"device": device_name(), "cpu_threads": torch.get_num_threads(), "versions": versions()}
+    facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        facts["driver"] = _driver()
+        facts["cuda"] = torch.version.cuda
+        facts["memory_bytes"] = properties.total_memory
+        facts["l2_bytes"] = properties.L2_cache_size
+        facts["multiprocessors"] = properties.multi_processor_count
+    return facts
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"

@@ -1,0 +1,171 @@
+"""Stopwatches: seconds per call of a step, on the host or on the GPU, and the timer that records them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.problems import Ceilings
+
+Step = Callable[[], object]
+Context = Callable[[], contextlib.AbstractContextManager]
+
+SAMPLE_SECONDS = 0.005
+CALLS_PER_GRAPH = 16
+
+
+class Clock:
+    """pytest-benchmark's timer: stands still but for `advance`, so that what is recorded is a stopwatch's reading
+    (GPU time, or a call's share of a loop) and not the time that its measurement took."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+clock = Clock()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No garbage collection inside a sample."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class HostStopwatch:
+    """Wall-clock time of a call, over a loop long enough that the clock's resolution does not matter."""
+
+    kind = "host"
+
+    def __init__(self, steps: list[Step], context: Context = contextlib.nullcontext) -> None:
+        (self.step,), self.context = steps, context
+        with context():
+            for _ in range(3):
+                self.step()
+        self.calls = 1
+        while self.sample() * self.calls < SAMPLE_SECONDS:
+            self.calls *= 2
+
+    def sample(self) -> float:
+        step = self.step
+        with self.context(), _quiet():
+            start = time.perf_counter()
+            for _ in range(self.calls):
+                step()
+            return (time.perf_counter() - start) / self.calls
+
+
+class GraphStopwatch:
+    """GPU time of a call: a CUDA graph that runs the step on several sets of tensors in turn, timed by events.
+
+    The graph leaves launch gaps out; the sets together exceed the L2 cache, so that each call finds it cold.
+    """
+
+    kind = "cuda-graph"
+
+    def __init__(self, steps: list[Step], context: Context = contextlib.nullcontext) -> None:
+        self.calls = len(steps) * max(1, -(-CALLS_PER_GRAPH // len(steps)))
+        turns = self.calls // len(steps)
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with context():
+            with torch.cuda.stream(stream):
+                for step in steps * 3:
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                for step in steps * turns:
+                    step()
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample(self) -> float:
+        # The first replay keeps the GPU busy while the second is enqueued: otherwise the events would time that gap.
+        self.graph.replay()
+        self.start.record()
+        self.graph.replay()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3 / self.calls
+
+
+class EventStopwatch:
+    """GPU time of a call that cannot be captured in a graph. Small problems include launch gaps."""
+
+    kind = "cuda-events"
+
+    def __init__(self, steps: list[Step], context: Context = contextlib.nullcontext) -> None:
+        self.steps, self.context = steps, context
+        self.turns = max(1, -(-CALLS_PER_GRAPH // len(steps)))
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.sample()
+
+    def sample(self) -> float:
+        with self.context():
+            self.steps[0]()
+            self.start.record()
+            for step in self.steps * self.turns:
+                step()
+            self.end.record()
+            self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3 / (len(self.steps) * self.turns)
+
+
+Stopwatch = HostStopwatch | GraphStopwatch | EventStopwatch
+
+
+def stopwatch(device: str, steps: list[Step], context: Context = contextlib.nullcontext) -> Stopwatch:
+    """The stopwatch for steps on that device; each step does the same work on tensors of its own."""
+    if device == "cpu":
+        return HostStopwatch(steps, context)
+    try:
+        return GraphStopwatch(steps, context)
+    except RuntimeError as error:
+        # Some peers read GPU values on the host or allocate in ways that capture refuses. The kind is recorded.
+        print(f"not captured in a CUDA graph, timed by events instead: {str(error).splitlines()[0]}")
+        torch.cuda.synchronize()
+        return EventStopwatch(steps, context)
+
+
+def sets_beyond_cache(device: str, bytes_per_call: int) -> int:
+    """How many sets of tensors together are three times the L2 cache; at least two on a GPU."""
+    if device == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(64, max(2, -(-3 * cache // bytes_per_call)))
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """The rate of one large matmul and the bandwidth of one large copy on this device, the best of several runs."""
+    size, length = (8192, 1 << 30) if device != "cpu" else (1024, 1 << 26)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randint(-128, 127, (length,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    matmul = _best(device, lambda: torch.mm(a, b))
+    return Ceilings(2 * size**3 / matmul, 2 * length / _best(device, lambda: _copy(target, source)))
+
+
+def _copy(target: Tensor, source: Tensor) -> Tensor:
+    return target.copy_(source)
+
+
+def _best(device: str, step: Step) -> float:
+    watch = stopwatch(device, [step])
+    return min(watch.sample() for _ in range(5))
