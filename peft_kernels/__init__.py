@@ -4,8 +4,27 @@ from __future__ import annotations
 
 from peft_kernels import functional
 from peft_kernels.dispatch import explain, use_backend
-from peft_kernels.nn import FusedLoRALinear
+from peft_kernels.nn import (
+    FusedLoRALinear,
+    add_lora,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    trainable_parameters,
+    unmerge_adapter,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["FusedLoRALinear", "explain", "functional", "use_backend"]
+__all__ = [
+    "FusedLoRALinear",
+    "add_lora",
+    "explain",
+    "functional",
+    "load_adapter",
+    "merge_adapter",
+    "save_adapter",
+    "trainable_parameters",
+    "unmerge_adapter",
+    "use_backend",
+]

@@ -7,13 +7,14 @@ means the same layers, ranks and factors there and here.
 from __future__ import annotations
 
 import functools
-import math
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft_kernels.checks import check_finite, check_probability, check_rank
+from peft_kernels.formats.strict_json import short
 
 ALL_LINEAR = "all-linear"
 MAX_ALPHA = 1e6
@@ -45,7 +46,7 @@ class LoraSettings:
 
     Attributes:
         r: rank, where `rank_pattern` has no other.
-        lora_alpha: scaling = lora_alpha / r (lora_alpha / sqrt(r) with `use_rslora`), unless `alpha_pattern` has another.
+        lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`; see `alpha_pattern`.
         target_modules: names or name endings of the adapted layers; a string is a regular expression for the whole
             name, or "all-linear".
         exclude_modules: names, endings or an expression, of layers that are not adapted although they are targets.
@@ -71,10 +72,10 @@ class LoraSettings:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
 
     def excludes(self, name: str) -> bool:
-        return bool(self.exclude_modules) and _matches(self.exclude_modules, name)
+        return self.exclude_modules is not None and _matches(self.exclude_modules, name)
 
     def targets(self, name: str) -> bool:
-        """Whether the module called `name` is adapted. "all-linear" names every module; which are linear it cannot know."""
+        """Whether the module called `name` is adapted. "all-linear" names every module: only the caller sees types."""
         if self.excludes(name):
             return False
         if self.all_linear:
@@ -131,7 +132,7 @@ def checked_settings(where: str, **fields) -> LoraSettings:
         raise ValueError(f"{where}: target_modules is empty; expected names, a regular expression or {ALL_LINEAR!r}")
     for key in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(fields.get(key, False), bool):
-            raise TypeError(f"{where}: {key} is {fields[key]!r}; expected true or false")
+            raise TypeError(f"{where}: {key} is {short(fields[key])}; expected true or false")
     _check_rank(where, "r", fields["r"])
     _check_alpha(where, "lora_alpha", fields["lora_alpha"])
     check_probability(where, "lora_dropout", fields.get("lora_dropout", 0.0))
@@ -159,10 +160,11 @@ def parse_config(config: dict, path: Path) -> LoraSettings:
         if config.get(key) is None:
             raise ValueError(f"{path}: {key} is missing")
     if config["peft_type"] != "LORA":
-        raise ValueError(f"{path}: peft_type is {config['peft_type']!r}; expected 'LORA'")
+        raise ValueError(f"{path}: peft_type is {short(config['peft_type'])}; expected 'LORA'")
     for key, value in config.items():
         if key in _UNSUPPORTED and value not in _UNSUPPORTED[key]:
-            raise ValueError(f"{path}: {key} is {value!r}, which is not supported; expected {_UNSUPPORTED[key][0]!r}")
+            unused = json.dumps(_UNSUPPORTED[key][0])
+            raise ValueError(f"{path}: {key} is {short(value)}, which is not supported; expected {unused}")
         if key not in (*_REQUIRED, *_OPTIONAL, *_IGNORED, *_UNSUPPORTED):
             raise ValueError(
                 f"{path}: the key {key!r} is unknown, and so is whether it changes what the adapter computes"
@@ -170,7 +172,7 @@ def parse_config(config: dict, path: Path) -> LoraSettings:
     init = config.get("init_lora_weights")
     if init not in _HARMLESS_INITS:
         raise ValueError(
-            f"{path}: init_lora_weights is {init!r}, an initialisation that may have changed the base model's weights; "
+            f"{path}: init_lora_weights is {short(init)}, which may have changed the base model's weights too; "
             "convert the adapter with PEFT first (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     fields = {key: config.get(key) for key in (*_REQUIRED, *_OPTIONAL) if key not in ("peft_type", "init_lora_weights")}
@@ -215,11 +217,6 @@ def to_config(settings: LoraSettings, *, base_model: str | None, task_type: str 
     }
 
 
-def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
 def _matches(names: Names, name: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
@@ -236,7 +233,7 @@ def _checked_names(where: str, key: str, names: object) -> Names:
             _check_expression(where, key, names)
         return names
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) and n for n in names):
-        raise TypeError(f"{where}: {key} is {names!r}; expected a list of names, or one regular expression")
+        raise TypeError(f"{where}: {key} is {short(names)}; expected a list of names, or one regular expression")
     return tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
 
 
@@ -244,27 +241,27 @@ def _check_expression(where: str, key: str, expression: str) -> None:
     try:
         re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{where}: {key}: {expression!r} is not a regular expression: {error}") from error
+        raise ValueError(f"{where}: {key}: {short(expression)} is not a regular expression: {error}") from error
 
 
 def _check_patterns(where: str, key: str, patterns: object, check) -> None:
     if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{where}: {key} is {patterns!r}; expected a mapping from regular expressions to numbers")
+        raise TypeError(f"{where}: {key} is {short(patterns)}; expected a mapping from regular expressions to numbers")
     for pattern, value in patterns.items():
         _check_expression(where, key, rf"(.*\.)?({pattern})$")
-        check(where, f"{key}[{pattern!r}]", value)
+        check(where, f"{key}[{short(pattern)}]", value)
 
 
 def _check_rank(where: str, name: str, r: object) -> None:
     if type(r) is not int:
-        raise TypeError(f"{where}: {name} is {r!r}; expected an integer")
+        raise TypeError(f"{where}: {name} is {short(r)}; expected an integer")
     check_rank(where, name, r)
 
 
 def _check_alpha(where: str, name: str, alpha) -> None:
     check_finite(where, name, alpha)
     if abs(alpha) > MAX_ALPHA:
-        raise ValueError(f"{where}: {name} is {alpha}; expected at most {MAX_ALPHA:g} in size")
+        raise ValueError(f"{where}: {name} is {short(alpha)}; expected at most {MAX_ALPHA:g} in size")
 
 
 def _set_layer_numbers(where: str, fields: dict) -> None:
@@ -273,12 +270,12 @@ def _set_layer_numbers(where: str, fields: dict) -> None:
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     if numbers is not None:
         if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
-            raise TypeError(f"{where}: layers_to_transform is {numbers!r}; expected integers")
+            raise TypeError(f"{where}: layers_to_transform is {short(numbers)}; expected integers")
         if numbers and isinstance(fields["target_modules"], str):
             raise ValueError(f"{where}: layers_to_transform needs target_modules to be a list of names")
         fields["layers_to_transform"] = tuple(numbers)
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{where}: layers_pattern is {patterns!r}; expected names")
+        raise TypeError(f"{where}: layers_pattern is {short(patterns)}; expected names")
     for pattern in patterns:
         _check_expression(where, "layers_pattern", rf"(?:^|.*?\.){pattern}\.(\d+)\.")
     fields["layers_pattern"] = tuple(pattern for pattern in patterns if pattern)

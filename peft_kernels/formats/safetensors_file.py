@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from peft_kernels.formats.strict_json import parse_object
+from peft_kernels.formats.strict_json import parse_object, short
 
 MAX_HEADER_BYTES = 16 * 2**20  # about 100,000 tensors
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,9 +47,7 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, TensorInfo]:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
-        raise ValueError(
-            f"{path}: the header's length says {length} bytes, but the file has {size}: truncated or corrupt"
-        )
+        raise ValueError(f"{path}: the header claims {length} bytes of a file of {size}: truncated or corrupt")
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"{path}: the header has {length} bytes; expected at most {MAX_HEADER_BYTES}")
     header = parse_object(file.read(length), path, "the safetensors header")
@@ -85,7 +83,7 @@ def read_tensors(file: BinaryIO, infos: dict[str, TensorInfo], path: Path) -> di
         raise ValueError(f"{path}: the file changed while it was read")
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {key} holds non-finite values")
+            raise ValueError(f"{path}: {short(key)} holds non-finite values")
     return tensors
 
 
@@ -98,18 +96,18 @@ def _check_metadata(metadata: object, path: Path) -> None:
 
 def _parse_entry(key: str, entry: object, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{path}: the header's entry for {key} does not have just dtype, shape and data_offsets")
+        raise ValueError(f"{path}: the header's entry for {short(key)} has not just dtype, shape and data_offsets")
     name, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"{path}: {key} has dtype {name}; expected one of {', '.join(_DTYPES)}")
+        raise ValueError(f"{path}: {short(key)} has dtype {short(name)}; expected one of {', '.join(_DTYPES)}")
     if not _is_sizes(shape):
-        raise ValueError(f"{path}: {key} has shape {shape}; expected a list of sizes")
+        raise ValueError(f"{path}: {short(key)} has shape {short(shape)}; expected a list of sizes")
     if not _is_sizes(span) or len(span) != 2:
-        raise ValueError(f"{path}: {key} has data_offsets {span}; expected [begin, end]")
+        raise ValueError(f"{path}: {short(key)} has data_offsets {short(span)}; expected [begin, end]")
     dtype = _DTYPES[name]
     expected = math.prod(shape) * dtype.itemsize
     if span[1] - span[0] != expected:
-        raise ValueError(f"{path}: {key} has data_offsets {span}, but {name} {shape} takes {expected} bytes")
+        raise ValueError(f"{path}: {short(key)} has data_offsets {span}, but {name} {shape} takes {expected} bytes")
     return TensorInfo(dtype, tuple(shape)), (span[0], span[1])
 
 
@@ -121,7 +119,7 @@ def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int, path: Path)
     position = 0
     for begin, end, key in sorted(spans):
         if begin != position:
-            raise ValueError(f"{path}: {key} begins at byte {begin} of the data; expected {position}")
+            raise ValueError(f"{path}: {short(key)} begins at byte {begin} of the data; expected {position}")
         position = end
     if position != data_bytes:
         problem = "truncated" if position > data_bytes else "bytes left over"

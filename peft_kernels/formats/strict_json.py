@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import reprlib
+from collections import Counter
 from pathlib import Path
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+short = _short.repr  # a value from such a file in a message: escaped, and cut where it is long
 
 
 def parse_object(data: bytes, path: Path, what: str) -> dict:
@@ -22,11 +28,11 @@ def parse_object(data: bytes, path: Path, what: str) -> dict:
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
-        keys = [key for key, _ in pairs]
-        for key in keys if len(set(keys)) < len(keys) else ():
-            if keys.count(key) > 1:
-                raise ValueError(f"the key {key[:200]!r} stands twice")
-        return dict(pairs)
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {short(key)} stands twice")
+        return result
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)

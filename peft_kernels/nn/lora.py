@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class FusedLoRALinear(nn.Module):
         use_rslora: rank-stabilised scaling (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         device: device of all parameters.
         dtype: dtype of W and b; the default dtype when None.
-        adapter_dtype: dtype of A and B. None means float32 where `dtype` is a 16-bit one (PEFT's default), else `dtype`.
+        adapter_dtype: dtype of A and B. None means float32 where `dtype` has 16 bits (PEFT's default), else `dtype`.
 
     Attributes:
         weight: [out_features, in_features], frozen.
@@ -45,6 +46,8 @@ class FusedLoRALinear(nn.Module):
         TypeError: a number of the wrong type, or an integer dtype.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     fan_in_fan_out = False
 
     def __init__(
@@ -68,12 +71,10 @@ class FusedLoRALinear(nn.Module):
     def _set_up(self, weight, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype) -> None:
         check_floating(_NAME, "weight", weight)
         check_rank(_NAME, "r", r)
-        check_finite(_NAME, "lora_alpha", lora_alpha)
         check_probability(_NAME, "lora_dropout", lora_dropout)
         self.out_features, self.in_features = weight.shape
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, float(lora_dropout)
-        self.use_rslora = use_rslora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.r, self.lora_dropout = r, float(lora_dropout)
+        self._set_scaling(lora_alpha, use_rslora)
         self.weight = weight.requires_grad_(False)
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
         if adapter_dtype is None:
@@ -83,6 +84,11 @@ class FusedLoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
         self._unmerged_weight: nn.Parameter | None = None
         self.reset_lora_parameters()
+
+    def _set_scaling(self, lora_alpha: float, use_rslora: bool) -> None:
+        check_finite(_NAME, "lora_alpha", lora_alpha)
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
 
     @classmethod
     def from_linear(
@@ -223,13 +229,21 @@ class FusedLoRALinear(nn.Module):
         )
 
 
-def _weight_of(linear: nn.Module) -> nn.Parameter:
-    kind = type(linear)
-    if kind is nn.Linear:
-        return linear.weight
-    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):
-        return nn.Parameter(linear.weight.detach().t(), requires_grad=False)
-    raise TypeError(
-        f"{_NAME}.from_linear: got {kind.__module__}.{kind.__qualname__}; "
-        "expected exactly torch.nn.Linear or transformers' Conv1D"
-    )
+def is_linear(module: nn.Module) -> bool:
+    """Whether `from_linear` takes the module. A subclass may compute something else, so it is none."""
+    return type(module) is nn.Linear or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def _weight_of(linear: Any) -> nn.Parameter:
+    if not is_linear(linear):
+        kind = type(linear)
+        raise TypeError(
+            f"{_NAME}.from_linear: got {kind.__module__}.{kind.__qualname__}; "
+            "expected exactly torch.nn.Linear or transformers' Conv1D"
+        )
+    return nn.Parameter(linear.weight.detach().t(), requires_grad=False) if _is_conv1d(linear) else linear.weight

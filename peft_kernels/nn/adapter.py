@@ -1,0 +1,221 @@
+"""Low-rank adapters for a whole model: put `FusedLoRALinear` in the place of its linear layers, save and load them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from peft_kernels._table import table
+from peft_kernels.formats.peft_config import LoraSettings, checked_settings
+from peft_kernels.nn._sites import Site, check_open, find_targets, fused_sites, put_layers, skipped_linears, unwrap
+from peft_kernels.nn.lora import FusedLoRALinear
+
+
+class ParameterCount(NamedTuple):
+    """How many parameters require gradients, of how many. A parameter with several names counts once."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        percent = 100 * self.trainable / self.total if self.total else 0.0
+        return f"trainable parameters: {self.trainable:,} of {self.total:,} ({percent:.4g} %)"
+
+
+class AdaptedLayer(NamedTuple):
+    """A layer with a low-rank update: its name, with other names it has, and its sizes."""
+
+    name: str
+    out_features: int
+    in_features: int
+    r: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What `add_lora` or `load_adapter` did; prints as a table.
+
+    Attributes:
+        layers: the adapted layers.
+        parameters: trainable and all parameters of the model.
+        unmatched: entries of `target_modules` that named no layer.
+        skipped: linear layers that "all-linear" passed over, with their type.
+    """
+
+    layers: tuple[AdaptedLayer, ...]
+    parameters: ParameterCount
+    unmatched: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rows = [(x.name, f"{x.out_features} x {x.in_features}", x.r, f"{x.scaling:g}") for x in self.layers]
+        lines = [table(rows, ("layer", "shape", "r", "scaling"))]
+        lines.append(f"{len(rows)} layer{'s' * (len(rows) != 1)} adapted; {self.parameters}")
+        lines += [f"matched nothing: {name}" for name in self.unmatched]
+        lines += [f"passed over: {name}" for name in self.skipped]
+        return "\n".join(lines)
+
+
+def trainable_parameters(model: nn.Module) -> ParameterCount:
+    """Counts the parameters of a model.
+
+    Returns:
+        (trainable, total), which prints as one line.
+    """
+    parameters = list(model.parameters())
+    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+
+
+def add_lora(
+    model: nn.Module,
+    r: int = 8,
+    target_modules: Iterable[str] | str = "all-linear",
+    *,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    adapter_dtype: torch.dtype | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude_modules: Iterable[str] | str | None = None,
+) -> AdapterReport:
+    """Replaces linear layers of a model, in place, by `FusedLoRALinear` and freezes every other parameter.
+
+    Targets are named as in Hugging Face PEFT. A module object that stands in several places is replaced in all of them
+    by one layer. The layers share the weights they replace, so that the model first computes what it did before.
+
+    Args:
+        model: a model with `nn.Linear` or transformers `Conv1D` layers; not yet wrapped by DDP or FSDP.
+        r: rank of each update, 1 <= r <= 512.
+        target_modules: a list of names, each a layer's whole name or the end of it after a dot ("query"); a regular
+            expression that fits the whole name; or "all-linear", which leaves out the output embeddings.
+        lora_alpha, lora_dropout, use_rslora, adapter_dtype: as for `FusedLoRALinear`.
+        rank_pattern: other ranks by regular expression for the name or its end after a dot; the first that fits wins.
+        alpha_pattern: the same for lora_alpha.
+        exclude_modules: layers to leave alone although they are targets, given as `target_modules`.
+
+    Returns:
+        An `AdapterReport` that prints as a table.
+
+    Raises:
+        ValueError: no layer is named, a pattern fits none, a named layer cannot be replaced or has been already, or a
+            number is out of range. The model is unchanged.
+        TypeError: an argument of the wrong type.
+    """
+    where = "add_lora"
+    model = unwrap(check_open(model, where))
+    settings = checked_settings(
+        where,
+        r=r,
+        target_modules=_names(target_modules),
+        exclude_modules=_names(exclude_modules),
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_rslora=use_rslora,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )
+    sites = find_targets(model, settings, where)
+    unused = settings.unused_patterns(site.name for site in sites)
+    if unused:
+        raise ValueError(f"{where}: the pattern {unused[0]!r} fits none of the {len(sites)} layers named")
+    skipped = skipped_linears(model) if settings.all_linear else ()
+    install(model, build_layers(sites, settings, [adapter_dtype] * len(sites)))
+    return report(model, unmatched=_unmatched(settings, sites), skipped=skipped)
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Folds every update of the model into its weight, so that inference costs one matmul a layer.
+
+    Weights are set aside, not overwritten: `unmerge_adapter` restores them bit for bit. Merged layers stay as they are.
+
+    Raises:
+        ValueError: the model has no `FusedLoRALinear`, or a merged weight would not be finite; no layer is changed.
+    """
+    merged: list[FusedLoRALinear] = []
+    for site in _some_fused(model, "merge_adapter"):
+        if site.module.merged:
+            continue
+        try:
+            site.module.merge()
+        except ValueError as error:
+            for layer in merged:
+                layer.unmerge()
+            raise ValueError(f"merge_adapter: {site.name}: {error}") from error
+        merged.append(site.module)
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Undoes `merge_adapter`. Layers that are not merged stay as they are.
+
+    Raises:
+        ValueError: the model has no `FusedLoRALinear`.
+    """
+    for site in _some_fused(model, "unmerge_adapter"):
+        site.module.unmerge()
+
+
+def build_layers(
+    sites: Sequence[Site], settings: LoraSettings, dtypes: Sequence[torch.dtype | None]
+) -> dict[nn.Module, FusedLoRALinear]:
+    """The layer for each site, not yet in the model. Should one fail, the others' weights are not left frozen."""
+    flags = [(p, p.requires_grad) for site in sites for p in site.module.parameters()]
+    try:
+        return {
+            site.module: FusedLoRALinear.from_linear(
+                site.module,
+                settings.rank_of(site.name),
+                lora_alpha=settings.alpha_of(site.name),
+                lora_dropout=settings.lora_dropout,
+                use_rslora=settings.use_rslora,
+                adapter_dtype=dtype,
+            )
+            for site, dtype in zip(sites, dtypes, strict=True)
+        }
+    except BaseException:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def install(model: nn.Module, layers: Mapping[nn.Module, FusedLoRALinear]) -> None:
+    """Puts the layers in their places and freezes everything but adapters."""
+    put_layers(model, layers)
+    adapters = {id(p) for site in fused_sites(model) for p in (site.module.lora_A, site.module.lora_B)}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
+
+
+def report(model: nn.Module, *, unmatched: Iterable[str] = (), skipped: Iterable[str] = ()) -> AdapterReport:
+    """The state of a model's adapters."""
+    layers = tuple(
+        AdaptedLayer(str(site), m.out_features, m.in_features, m.r, m.scaling)
+        for site in fused_sites(model)
+        for m in [site.module]
+    )
+    return AdapterReport(layers, trainable_parameters(model), tuple(unmatched), tuple(skipped))
+
+
+def _some_fused(model: nn.Module, where: str) -> list[Site]:
+    sites = fused_sites(unwrap(model))
+    if not sites:
+        raise ValueError(f"{where}: the model has no FusedLoRALinear; add_lora or load_adapter puts them in")
+    return sites
+
+
+def _names(names: Iterable[str] | str | None) -> Iterable[str] | str | None:
+    """Any iterable of names as a list; what is no iterable is left for the check to name."""
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else names
+
+
+def _unmatched(settings: LoraSettings, sites: Sequence[Site]) -> list[str]:
+    if isinstance(settings.target_modules, str):
+        return []
+    names = [f".{name}" for site in sites for name in site.names]
+    return [target for target in settings.target_modules if not any(name.endswith(f".{target}") for name in names)]
