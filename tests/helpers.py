@@ -17,7 +17,7 @@ RATIO = 1.2
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """||value - truth|| / ||truth|| in float64 (Frobenius). NaN in `value` gives NaN, which passes no comparison."""
-    value, truth = value.double().cpu(), truth.double().cpu()
+    value, truth = value.double().to(truth.device), truth.double()
     norm = truth.norm()
     return float((value - truth).norm() / norm) if norm > 0 else float((value - truth).norm())
 
