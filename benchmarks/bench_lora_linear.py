@@ -73,7 +73,7 @@ def test_lora_linear(benchmark, spec: Spec, mode: str, peer: Peer, threads: int)
     benchmark.pedantic(measure, setup=measure_others, rounds=ROUNDS, warmup_rounds=1)
     for name, samples in others.items():
         ratio = compare.of_pairs(list(zip(own, samples, strict=True))[1:])
-        benchmark.extra_info[f"ratio_to_{name}"] = ratio._asdict()
+        benchmark.extra_info[f"ratio_to_{name}"] = ratio.rounded()
     if not benchmark.disabled:
         benchmark.extra_info["percent_of_floor"] = round(
             100 * benchmark.extra_info["floor_s"] / benchmark.stats.stats.median, 1

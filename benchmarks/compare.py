@@ -22,6 +22,10 @@ class Ratio(NamedTuple):
     b: float
     pairs: int
 
+    def rounded(self) -> dict[str, float]:
+        """What is recorded: the ratios to four digits."""
+        return {name: round(getattr(self, name), 4) for name in ("ratio", "low", "high", "best")}
+
     def __str__(self) -> str:
         return f"{self.ratio:.3f} ({self.low:.3f}..{self.high:.3f}), fastest {self.best:.3f}, {self.pairs} pairs"
 

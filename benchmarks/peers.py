@@ -30,9 +30,13 @@ Reason = Callable[[Spec], "str | None"]
 class Layer:
     """A peer's layer on one set of tensors.
 
-    `call` maps x to y; `leaves` are the tensors whose gradients the layer gives; `context` holds what is in force while
-    it runs; `drop_mask` consumes random numbers as one forward does and returns the mask that this forward would use
-    (0 or 1/(1-p) for each element of x), or is None where the peer does not tell; `frozen` are the parameters that get none.
+    Attributes:
+        call: maps x to y.
+        leaves: the tensors whose gradients the layer gives.
+        context: what is in force while it runs.
+        drop_mask: consumes random numbers as one forward does and returns the mask that this forward would use (0 or
+            1/(1-p) for each element of x); None where the peer does not tell.
+        frozen: parameters without gradients.
     """
 
     call: Callable[[Tensor], Tensor]

@@ -82,3 +82,7 @@ def _driver() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({type(error).__name__})"
+
+
+if __name__ == "__main__":
+    print(results_folder().relative_to(ROOT))

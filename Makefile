@@ -1,0 +1,54 @@
+# make demo    train a real pretrained encoder with LoRA beside stock PEFT, on this machine
+# make test    all tests        make lint   what CI checks first
+# make bench   CPU benchmarks   make gpu    build, tests and benchmarks on an NVIDIA GPU, within 9 minutes
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f -name '[!.]*')
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+# More workers than this only read the disk against one another.
+WORKERS ?= $(shell [ $(CORES) -lt 8 ] && echo $(CORES) || echo 8)
+RESULTS ?= $$($(BIN)/python -m benchmarks.provenance)
+
+.PHONY: setup demo test lint bench gpu clean
+
+setup: $(STAMP)
+
+# torch comes first and alone, pinned: were it pulled in as a dependency, pip could take another build of it.
+$(STAMP): $(BUILT_FROM)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/peft-kernels finetune --compare --output outputs/demo
+
+# One thread a worker: PyTorch's own threads would fight the other workers for the cores.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	mkdir -p "$(RESULTS)"
+	for file in benchmarks/bench_*.py; do \
+	  $(BIN)/python -m pytest $$file -q --benchmark-json="$(RESULTS)/$$(basename $$file .py).json" || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.host_time --json "$(RESULTS)/host_time.json"
+	$(BIN)/python -m benchmarks.report "$(RESULTS)"/bench_*.json
+
+# Takes the python on the PATH with whatever it has and installs nothing: a GPU machine may have no network.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
+
+clean:
+	rm -rf build outputs .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find peft_kernels -name '*.so' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(STAMP)
