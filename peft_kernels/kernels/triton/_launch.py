@@ -1,0 +1,95 @@
+"""What every Triton kernel's host side shares: whether Triton can run here, on which architecture, and the launch itself.
+
+Importing this module does not import triton: `dispatch` asks `unavailable` on machines that have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+# Triton decides at the decoration of a kernel whether to interpret it, so the flag is read once, like there.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+INTERPRETER_IS_FOR_TESTS = "TRITON_INTERPRET is set: the interpreter is for tests"
+
+# The interpreter has no architecture; these block sizes serve it as well as any.
+_ARCH_OF_CPU = "sm_80"
+
+
+def unavailable(device: str, index: int | None, *dtypes: torch.dtype) -> str | None:
+    """Why no Triton kernel of this library can compute in these dtypes on this device, or None."""
+    if torch.float64 in dtypes:
+        return "float64 runs in PyTorch"
+    if device == "cpu":
+        if not INTERPRETED:
+            return "Triton kernels need an NVIDIA GPU (TRITON_INTERPRET=1 interprets them on the CPU, for tests)"
+        if torch.bfloat16 in dtypes:
+            return "Triton's interpreter rounds to bfloat16 wrongly"
+    elif device != "cuda" or torch.version.hip is not None:
+        return f"written for NVIDIA GPUs, not for {'ROCm' if torch.version.hip else device}"
+    if not _installed():
+        return "triton is not installed"
+    if device == "cuda" and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"needs compute capability 8.0 or newer, this GPU has {architecture(torch.device(device, index))}"
+    return None
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def architecture(device: torch.device) -> str:
+    """The name under which `tuning` keeps this device's configurations, such as "sm_90"."""
+    return _architecture(device.index) if device.type == "cuda" else _ARCH_OF_CPU
+
+
+@functools.cache
+def _architecture(index: int | None) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+    """Launches `kernel` on the current stream of `device`, which need not be the current device."""
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*arguments, **options)
+
+
+def blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def padded_rank(r: int) -> int:
+    """The width of a rank tile: a power of two, and at least 16, the smallest that tensor cores multiply."""
+    return max(16, 1 << (r - 1).bit_length())
+
+
+def split(size: int, block: int, tiles: int, programs: int) -> tuple[int, int]:
+    """Splits a sum over `size`, which goes in steps of `block`, so that `tiles` times the splits fill the GPU.
+
+    Args:
+        size: length of the summed dimension.
+        block: how many of it a program takes per step.
+        tiles: programs that there are without a split.
+        programs: programs that fill the GPU.
+
+    Returns:
+        (number of splits, length of each: a multiple of `block`); one empty split when `size` is 0.
+    """
+    steps = blocks(size, block)
+    wanted = min(max(1, programs // max(1, tiles)), max(1, steps))
+    steps_per_split = max(1, blocks(steps, wanted))
+    return max(1, blocks(steps, steps_per_split)), steps_per_split * block
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: for float32 as PyTorch's matmuls are set up, and without effect on 16-bit types."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

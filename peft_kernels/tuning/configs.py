@@ -1,0 +1,91 @@
+"""What can be tuned about each kernel. Blocks are elements of a tile: M rows, N columns of the result, K summed, R rank."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Config:
+    """`num_warps` and `num_stages` are Triton's; `programs` is how many thread blocks a split reduction aims at."""
+
+    num_warps: int
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the launch: tile sizes in capitals, as the kernels spell them, and Triton's options."""
+        fields = asdict(self)
+        return {name.upper() if name in _TILE else name: fields[name] for name in fields if name not in _HOST_ONLY}
+
+
+_TILE = frozenset(("block", "block_m", "block_n", "block_k", "block_r", "group_m", "unroll"))
+_HOST_ONLY = frozenset(("programs", "scratch_mib"))
+
+
+@dataclass(frozen=True)
+class PhiloxDropout(Config):
+    block_m: int
+    block_k: int
+
+
+@dataclass(frozen=True)
+class SplitkReduce(Config):
+    """`unroll` partials are loaded ahead of their additions."""
+
+    block: int
+    unroll: int
+
+
+@dataclass(frozen=True)
+class DownProjection(Config):
+    """`block_r` is the widest rank tile: larger ranks are split over programs, each reading x."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    num_stages: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class ExtendedGemm(Config):
+    """`block_r` is the widest low-rank step; `group_m` the row blocks that are walked before the next column block."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    group_m: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GradSB(Config):
+    """`scratch_mib` is the most memory for the partials of dB; two passes over dY run where that is not enough."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    programs: int
+    scratch_mib: int
+
+
+@dataclass(frozen=True)
+class SumOverRows(Config):
+    """`block_m` rows are summed per step, `block_k` columns belong to a program."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    num_stages: int
+    programs: int
+
+
+CONFIGS: dict[str, type[Config]] = {
+    "philox_dropout": PhiloxDropout,
+    "splitk_reduce": SplitkReduce,
+    "down_projection": DownProjection,
+    "extended_gemm": ExtendedGemm,
+    "grad_s_b": GradSB,
+    "sum_over_rows": SumOverRows,
+}
