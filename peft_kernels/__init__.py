@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft_kernels import functional
 from peft_kernels.dispatch import explain, use_backend
+from peft_kernels.integrations import accelerate, restore
 from peft_kernels.nn import (
     FusedLoRALinear,
     add_lora,
@@ -13,16 +14,20 @@ from peft_kernels.nn import (
     trainable_parameters,
     unmerge_adapter,
 )
+from peft_kernels.parity import check
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FusedLoRALinear",
+    "accelerate",
     "add_lora",
+    "check",
     "explain",
     "functional",
     "load_adapter",
     "merge_adapter",
+    "restore",
     "save_adapter",
     "trainable_parameters",
     "unmerge_adapter",

@@ -1,12 +1,13 @@
 """Hugging Face PEFT's LoRA layers through `functional.lora_linear`, by changing their class in place.
 
-PEFT's `lora.Linear` computes base(x) + s · B(A(drop(x))) by calling its children. `FusedPeftLinear` reads the children's
-tensors instead, which is the same only as long as calling them would do nothing else. That can change at any time (hooks,
-parallelism wrappers, a second adapter, merging), so it is tested at every call; `_operands` is that test.
+PEFT's `lora.Linear` computes base(x) + s · B(A(drop(x))) by calling its children. `FusedPeftLinear` reads the
+children's tensors instead, which is the same only as long as calling them would do nothing else. That can change at any
+time (hooks, parallelism wrappers, a second adapter, merging), so `_operands` tests it at every call.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import types
@@ -18,7 +19,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
@@ -29,9 +30,15 @@ from peft_kernels.integrations.report import Calls, Report, Row
 
 logger = logging.getLogger("peft_kernels")
 
-_PLAIN = frozenset((Tensor, Parameter))
 _BASES = (nn.Linear, Conv1D)
 _DROPOUTS = (nn.Identity, nn.Dropout)
+# Types of (base_layer, lora_A, lora_B, lora_dropout) whose calls do what `lora_linear` does. Exact ones: quantised
+# layers, parametrised ones and those that FSDP2 wraps one by one are subclasses.
+_FUSIBLE = frozenset(itertools.product(_BASES, (nn.Linear,), (nn.Linear,), _DROPOUTS))
+_PLAIN = frozenset((Tensor, Parameter))
+_PLAIN_TRIPLES = frozenset(itertools.product(_PLAIN, repeat=3))
+
+in_transform = torch._C._are_functorch_transforms_active
 
 DISABLED = "the adapters are disabled"
 MERGED = "the adapter is merged into the base weight"
@@ -74,9 +81,9 @@ def _arguments_objection(args: tuple, kwargs: dict) -> str:
 
 
 def _operands(layer: Linear, x: Tensor | None) -> tuple | str:
-    """The arguments of `lora_linear` for a call with x, or why PEFT's own code has to run. x = None asks about the layer
-    alone. This runs at every call: cheap tests only, dictionaries read directly (`nn.Module.__getattr__` costs ten times
-    as much), no text before a test fails."""
+    """The arguments of `lora_linear` for a call with x, or why PEFT's own code has to run. x = None asks about the
+    layer alone. This runs at every call: cheap tests only, dictionaries read directly (`nn.Module.__getattr__` costs
+    ten times as much), and no text before a test has failed."""
     if layer._disable_adapters:
         return DISABLED
     if layer.merged_adapters:
@@ -93,38 +100,41 @@ def _operands(layer: Linear, x: Tensor | None) -> tuple | str:
     name = names[0]
     if name in layer.lora_variant:
         return f"the adapter is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
-    a, b = adapters[name], children["lora_B"]._modules[name]
-    base, dropout = children["base_layer"], children["lora_dropout"]._modules[name]
-    if type(base) not in _BASES or type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in _DROPOUTS:
+    base, a, b = children["base_layer"], adapters[name], children["lora_B"]._modules[name]
+    dropout = children["lora_dropout"]._modules[name]
+    if (type(base), type(a), type(b), type(dropout)) not in _FUSIBLE:
         return _type_objection(base, a, b, dropout)
     for child in (base, a, b, dropout):
-        state = child.__dict__
         if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or "forward" in state
+            child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+            or "forward" in child.__dict__
         ):
             return _hook_objection(base, a, b, dropout)
-    if not layer.cast_input_dtype_enabled:
-        return "PEFT's casting of the input is switched off (cast_input_dtype_enabled)"
-    if _has_any_global_hook():
-        return "a global module hook is registered"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform (vmap, grad, ...) is active"
-    weight, bias, lora_A, lora_B = _read(base, "weight"), _read(base, "bias"), _read(a, "weight"), _read(b, "weight")
-    scaling = layer.scaling[name]
-    reason = _tensor_objection(weight, bias, lora_A, lora_B, _read(b, "bias"), scaling)
-    if reason is None and x is not None:
-        reason = _input_objection(x, weight)
-    if reason is not None:
-        return reason
+    if not layer.cast_input_dtype_enabled or has_global_hook() or in_transform():
+        return _surroundings_objection(layer)
+    weight, bias, lora_A = _read(base, "weight"), _read(base, "bias"), _read(a, "weight")
+    lora_B, lora_bias = _read(b, "weight"), _read(b, "bias")
+    scaling, dtype = layer.scaling[name], weight.dtype
+    if (
+        (type(weight), type(lora_A), type(lora_B)) not in _PLAIN_TRIPLES
+        or lora_bias is not None
+        or lora_A.dtype != lora_B.dtype
+        or (bias is not None and bias.dtype != dtype)
+        or layer.r[name] > MAX_RANK
+        or type(scaling) is not float
+        or not -math.inf < scaling < math.inf
+    ):
+        return _tensor_objection(weight, bias, lora_A, lora_B, lora_bias, scaling)
+    if x is not None and (type(x) not in _PLAIN or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type))):
+        return _input_objection(x, weight)
     dropout_p = 0.0
     if type(dropout) is nn.Dropout and dropout.training:
         if dropout.inplace:
             return "lora_dropout works in place"
-        dropout_p = float(dropout.p)
+        dropout_p = dropout.p
     return weight.t() if type(base) is Conv1D else weight, bias, lora_A, lora_B, scaling, dropout_p
 
 
@@ -134,35 +144,39 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
-def _tensor_objection(weight, bias, lora_A, lora_B, lora_bias, scaling) -> str | None:
-    if type(weight) not in _PLAIN or type(lora_A) not in _PLAIN or type(lora_B) not in _PLAIN:
-        kind = next(type(t).__name__ for t in (weight, lora_A, lora_B) if type(t) not in _PLAIN)
-        return f"a weight is a {kind}, not a plain tensor"
+def _surroundings_objection(layer: Linear) -> str:
+    if not layer.cast_input_dtype_enabled:
+        return "PEFT's casting of the input is switched off (cast_input_dtype_enabled)"
+    if has_global_hook():
+        return "a global module hook is registered"
+    return "a torch.func transform (vmap, grad, ...) is active"
+
+
+def _tensor_objection(weight, bias, lora_A, lora_B, lora_bias, scaling) -> str:
     if lora_bias is not None:
         return "the adapter has a bias (lora_bias)"
+    for tensor in (weight, lora_A, lora_B):
+        if type(tensor) not in _PLAIN:
+            return f"a weight is a {_full_name(tensor)}, not a plain tensor"
     if lora_A.dtype != lora_B.dtype:
         return f"lora_A is {lora_A.dtype}, lora_B {lora_B.dtype}"
     if bias is not None and bias.dtype != weight.dtype:
         return f"the base weight is {weight.dtype}, its bias {bias.dtype}"
-    if not weight.is_floating_point() or weight.element_size() == 1 or lora_A.element_size() == 1:
-        return f"the base weight is {weight.dtype}, the adapter {lora_A.dtype}"
-    if lora_A.shape[0] > MAX_RANK:
-        return f"the rank is above {MAX_RANK}"
-    if type(scaling) is not float or not -math.inf < scaling < math.inf:
-        return f"scaling is {f'a {type(scaling).__name__}' if type(scaling) is not float else scaling}"
-    return None
+    if type(scaling) is not float:
+        return f"scaling is a {_full_name(scaling)}, not a float"
+    if not -math.inf < scaling < math.inf:
+        return f"scaling is {scaling}"
+    return f"the rank is above {MAX_RANK}"
 
 
-def _input_objection(x: Tensor, weight: Tensor) -> str | None:
+def _input_objection(x: Tensor, weight: Tensor) -> str:
     if type(x) not in _PLAIN:
-        return f"x is a {type(x).__name__}, not a plain tensor"
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return f"x is {x.dtype}, the base weight {weight.dtype}"
-    return None
+        return f"x is a {_full_name(x)}, not a plain tensor"
+    return f"x is {x.dtype}, the base weight {weight.dtype}"
 
 
-def _full_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _full_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _type_objection(base, a, b, dropout) -> str:
@@ -186,8 +200,8 @@ def _hook_objection(*children: nn.Module) -> str:
 
 
 def _record(layer: FusedPeftLinear, reason: str) -> None:
-    """Counts a call of PEFT's own code and logs its reason, the first time. Compiled code is not counted: a counter that
-    changes would make it recompile."""
+    """Counts a call of PEFT's own code and logs its reason, the first time. Compiled code is not counted: a counter
+    that changes would make it recompile."""
     name, calls = layer._peft_kernels
     if calls.strict and reason not in NOTHING_TO_FUSE:
         raise RuntimeError(f"{name}: {reason}, which needs PEFT's own code; accelerate(..., strict=True) refuses that")
@@ -217,7 +231,7 @@ def _objection(layer: BaseTunerLayer, sharded: bool) -> str | None:
     if reason is None:
         operands = _operands(layer, None)
         reason = operands if type(operands) is str else None
-    if sharded and reason == "a weight is a DTensor, not a plain tensor":
+    if sharded and reason is not None and "DTensor" in reason:
         return None  # FSDP2 gathers it into a plain tensor before the layer is called
     return reason
 
@@ -248,7 +262,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     if not report.fused:
         raise RuntimeError(f"accelerate: no layer can be fused; the model is unchanged\n{report}")
     if strict and report.skipped:
-        raise RuntimeError(f"accelerate: strict=True, but not every layer can be fused; the model is unchanged\n{report}")
+        raise RuntimeError(
+            f"accelerate: not every layer can be fused, and strict=True; the model is unchanged\n{report}"
+        )
     for reason, names in report.reasons.items():
         logger.warning("%d layers run PEFT's own code: %s (first: %s)", len(names), reason, names[0])
         calls.fallbacks[reason] = Counter()
@@ -270,3 +286,28 @@ def restore(model: nn.Module) -> int:
         if getattr(old, "__func__", None) is FusedPeftLinear.forward:
             layer._old_forward = types.MethodType(Linear.forward, layer)
     return len(layers)
+
+
+def _accelerated(model: nn.Module) -> dict[str, FusedPeftLinear]:
+    return {name: module for name, module in model.named_modules() if type(module) is FusedPeftLinear}
+
+
+def _fallen_back(layers: dict[str, FusedPeftLinear]) -> dict[str, int]:
+    return {
+        name: sum(layers_of[layer._peft_kernels.name] for layers_of in layer._peft_kernels.calls.fallbacks.values())
+        for name, layer in layers.items()
+    }
+
+
+@contextmanager
+def _plain(layers: dict[str, FusedPeftLinear]):
+    for layer in layers.values():
+        layer.__class__ = Linear
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__class__ = FusedPeftLinear
+
+
+parity.FAMILIES.append(parity.Family(_accelerated, _plain, _fallen_back))

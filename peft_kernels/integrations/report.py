@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
 @dataclass
 class Calls:
-    """Calls that ran PEFT's own code after `accelerate`, shared by the layers of one model: reason -> layer -> count."""
+    """Calls that ran PEFT's own code after `accelerate`: reason -> layer -> count. The layers of a model share one."""
 
     strict: bool = False
     fallbacks: dict[str, Counter[str]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Report:
     @property
     def fallbacks(self) -> dict[str, int]:
         """Calls since then that ran PEFT's own code (uncompiled ones): reason -> count."""
-        return {reason: layers.total() for reason, layers in self.calls.fallbacks.items()}
+        return {reason: layers.total() for reason, layers in self.calls.fallbacks.items() if layers}
 
     def __str__(self) -> str:
         rows = [
