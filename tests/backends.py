@@ -1,4 +1,4 @@
-"""Which implementations of an op a test can run here: `everywhere(op)` gives the parameters of the fixture `backend`."""
+"""Which implementations of an op can run here: `everywhere(op)` gives the parameters of the fixture `backend`."""
 
 from __future__ import annotations
 

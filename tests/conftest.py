@@ -1,4 +1,4 @@
-"""What every test runs under: poisoned memory, fixed seeds, the automatic choice of backend, and a reason for each skip."""
+"""What every test runs under: poisoned memory, fixed seeds, no backend left forced, and a reason for each skip."""
 
 from __future__ import annotations
 

@@ -121,7 +121,8 @@ def strided(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 @EVERYWHERE
 def test_strides_of_inputs(backend, dtype, name, layout):
     problem = LoraProblem((3, 17), 67, 48, 5, dtype=dtype, dropout_p=0.2, device=backend.device)
-    assert not (other := strided(problem.tensors[name], layout)).is_contiguous()
+    other = strided(problem.tensors[name], layout)
+    assert not other.is_contiguous()
     assert_within_rounding(problem, run(backend, problem, **{name: other}))
 
 
