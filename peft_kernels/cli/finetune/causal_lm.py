@@ -19,6 +19,7 @@ class CausalLMTask:
     """Next-token cross entropy; of a (prompt, completion) only the completion's tokens count."""
 
     metrics = ("held_out_loss", "perplexity")
+    peft_task_type = "CAUSAL_LM"
 
     def __init__(self, tokenizer, device: torch.device, max_length: int) -> None:
         if tokenizer.eos_token_id is None:

@@ -50,10 +50,10 @@ def load_examples(task: str, file: str | None) -> Split:
 
 
 def split(examples: list[Example], source: str) -> Split:
-    """Holds out a fifth, at most 1,000, and drops from training whatever shares a text with a held-out example."""
+    """Holds out a quarter, at most 1,000, and drops from training whatever shares a text with a held-out example."""
     examples = list(dict.fromkeys(examples))
     random.Random(SPLIT_SEED).shuffle(examples)
-    held_out = examples[: min(MAX_HELD_OUT, len(examples) // 5)]
+    held_out = examples[: min(MAX_HELD_OUT, len(examples) // 4)]
     known = {text for example in held_out for text in example}
     train = [example for example in examples[len(held_out) :] if not known.intersection(example)]
     if len(held_out) < 2 or len(train) < 2:
@@ -74,7 +74,9 @@ def read_jsonl(file: Path, fields: tuple[tuple[str, ...], ...]) -> list[Example]
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-    examples = [_example(line, fields, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    examples = [
+        _example(line, fields, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
     if not examples:
         raise UsageError(f"{file} holds no examples")
     return examples

@@ -20,7 +20,7 @@ MIN_LENGTH = 25
 
 
 def collect_pairs(folder: Path | None = None) -> list[tuple[str, str]]:
-    """(query, positive) of each public function, class and method: its name with its module, its docstring's first line.
+    """(query, positive) of each public function, class and method: name with module, and its docstring's first line.
 
     Lines of at most 25 characters say too little and are left out. A line or a name that was seen before is left out
     too, so that every positive belongs to exactly one query.

@@ -22,6 +22,7 @@ class EmbeddingTask:
     """
 
     metrics = ("recall",)
+    peft_task_type = "FEATURE_EXTRACTION"
 
     def __init__(self, tokenizer, device: torch.device, max_length: int) -> None:
         self.tokenizer, self.device, self.max_length = tokenizer, device, max_length
@@ -64,7 +65,7 @@ class EmbeddingTask:
 
 
 def embed(model: nn.Module, encoded: dict[str, Tensor]) -> Tensor:
-    """Unit vectors [batch, hidden] in float32: the mean of the last hidden states over the tokens that are no padding."""
+    """Unit vectors [batch, hidden] in float32: the mean of the last hidden states over the tokens, without padding."""
     hidden = model(**encoded).last_hidden_state.float()
     mask = encoded["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)

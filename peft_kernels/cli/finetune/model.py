@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import peft_kernels
 from peft_kernels import FusedLoRALinear
 from peft_kernels.cli.errors import UsageError
 from peft_kernels.cli.finetune.data import EMBEDDING
@@ -109,20 +109,15 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def add_peft_beside(model: nn.Module, targets: list[str], r: int, lora_alpha: float, lora_dropout: float) -> nn.Module:
-    """A copy of `model` with stock PEFT adapters. To be called before `add_ours`."""
+def add_peft_beside(model: nn.Module, settings: dict) -> nn.Module:
+    """A copy of `model` with stock PEFT adapters. To be called before `model` gets ours."""
     import peft
 
-    config = peft.LoraConfig(
-        r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(targets), bias="none"
-    )
-    return peft.get_peft_model(copy.deepcopy(model), config)
-
-
-def add_ours(model: nn.Module, targets: list[str], r: int, lora_alpha: float, lora_dropout: float) -> nn.Module:
-    return peft_kernels.add_lora(
-        model, r=r, target_modules=list(targets), lora_alpha=lora_alpha, lora_dropout=lora_dropout
-    )
+    config = peft.LoraConfig(bias="none", **settings)
+    with warnings.catch_warnings():
+        # Of transformers, about an attribute that PEFT reads: nothing the user of this command can change.
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(copy.deepcopy(model), config)
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:

@@ -1,0 +1,139 @@
+"""The steps of one fine-tuning: check, load, train, save, show."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import peft_kernels
+from peft_kernels.cli.errors import UsageError
+from peft_kernels.cli.finetune import report
+from peft_kernels.cli.finetune.causal_lm import CausalLMTask
+from peft_kernels.cli.finetune.data import EMBEDDING, Split, load_examples
+from peft_kernels.cli.finetune.embedding import EmbeddingTask
+from peft_kernels.cli.finetune.model import add_peft_beside, choose_targets, copy_adapters, load_model
+from peft_kernels.cli.finetune.plot import save_plot
+from peft_kernels.cli.finetune.training import Lane, draw_batches, train
+
+ADAPTER, PLOT = "adapter", "training.png"
+
+
+def run_job(options: argparse.Namespace) -> int:
+    device = choose_device(options.device)
+    output = _prepare_output(options.output, options.json)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    data = load_examples(options.task, options.data)
+    if len(data.train) < options.batch_size:
+        raise UsageError(f"--batch-size {options.batch_size}: there are only {len(data.train)} examples to train on")
+    print(f"{len(data.train)} examples to train on, {len(data.held_out)} held out: {data.source}")
+    lanes = build_lanes(options, device)
+    finished = _train_with_bar(options, lanes, data)
+    figures = _save(options, lanes, data, output)
+    report.print_table(figures, lanes[0].task.metrics)
+    print(f"Adapter in {output / ADAPTER} (PEFT's format), plot in {output / PLOT}")
+    if not finished:
+        print("Interrupted: the figures are those up to here.", file=sys.stderr)
+    return 0 if finished else 130
+
+
+def choose_device(name: str) -> torch.device:
+    """The device to train on; "auto" takes a GPU when there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def _prepare_output(folder: str, json_file: str | None) -> Path:
+    """Makes the folders now: a training must not end in a path that cannot be written."""
+    output = Path(folder)
+    for wanted in (output, Path(json_file).parent if json_file else output):
+        try:
+            wanted.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {wanted}: {error.strerror}") from None
+    if json_file and Path(json_file).is_dir():
+        raise UsageError(f"--json {json_file}: is a folder; expected a file")
+    return output
+
+
+def build_lanes(options: argparse.Namespace, device: torch.device) -> list[Lane]:
+    """Our model, and with --compare PEFT's with equal adapters, each with its optimizer."""
+    model, tokenizer = load_model(options.model, options.task, getattr(torch, options.dtype), device)
+    targets = choose_targets(model, options.target_modules)
+    task_class = EmbeddingTask if options.task == EMBEDDING else CausalLMTask
+    task = task_class(tokenizer, device, options.max_length)
+    settings = {
+        "r": options.r,
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+        "target_modules": targets,
+    }
+    theirs = add_peft_beside(model, settings) if options.compare else None
+    torch.manual_seed(options.seed)
+    peft_kernels.add_lora(model, **settings)
+    lanes = [Lane.of("peft_kernels", model, task, options.lr)]
+    if theirs is not None:
+        copy_adapters(model, theirs)
+        lanes.append(Lane.of("PEFT", theirs, task, options.lr))
+    return lanes
+
+
+def _train_with_bar(options: argparse.Namespace, lanes: Sequence[Lane], data: Split) -> bool:
+    from tqdm import tqdm
+
+    batches = draw_batches(data.train, options.batch_size, options.seed)
+    with tqdm(total=options.steps, unit="step", desc="training", disable=None) as bar:
+        return train(lanes, batches, data.held_out, options.steps, _update(bar))
+
+
+def _update(bar) -> Callable[[Sequence[Lane]], None]:
+    def update(lanes: Sequence[Lane]) -> None:
+        figures = {"loss": f"{lanes[0].losses[-1]:.4f}", "step": f"{lanes[0].seconds[-1]:.3f}s"}
+        if len(lanes) == 2:
+            figures |= {"PEFT loss": f"{lanes[1].losses[-1]:.4f}", "PEFT step": f"{lanes[1].seconds[-1]:.3f}s"}
+        bar.set_postfix(figures, refresh=False)
+        bar.update()
+
+    return update
+
+
+def _save(options: argparse.Namespace, lanes: Sequence[Lane], data: Split, output: Path) -> dict:
+    ours = lanes[0]
+    peft_kernels.save_adapter(ours.model, output / ADAPTER, task_type=ours.task.peft_task_type)
+    rows = ours.task.count_tokens(ours.task.batch(data.train[: options.batch_size]))
+    backends = [report.backends_used(ours.model, rows), report.peft_version()][: len(lanes)]
+    facts = {
+        "steps": len(ours.losses),
+        "steps_asked": options.steps,
+        "scores": {str(step): score for step, score in ours.scores.items()},
+        "train_examples": len(data.train),
+        "held_out_examples": len(data.held_out),
+        "data": data.source,
+        "device": str(ours.task.device),
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "seed": options.seed,
+    }
+    figures = report.build(lanes, backends, facts)
+    title = f"{ours.model.config.model_type}, LoRA r={options.r}: {data.source}"
+    save_plot(output / PLOT, lanes, ours.task.metrics[0], title)
+    if options.json:
+        report.write_json(Path(options.json), figures)
+    return figures
