@@ -35,6 +35,8 @@ def unavailable(device: str, index: int | None, *dtypes: torch.dtype) -> str | N
         return f"written for NVIDIA GPUs, not for {'ROCm' if torch.version.hip else device}"
     if not _installed():
         return "triton is not installed"
+    if device == "cuda" and not (torch.cuda.is_available() and (index or 0) < torch.cuda.device_count()):
+        return "torch sees no such GPU"
     if device == "cuda" and torch.cuda.get_device_capability(index) < (8, 0):
         return f"needs compute capability 8.0 or newer, this GPU has {architecture(torch.device(device, index))}"
     return None

@@ -20,13 +20,13 @@ from peft_kernels.kernels.triton import _launch
 def unsupported(problem) -> str | None:
     if problem.r > MAX_RANK:
         return f"rank {problem.r} is above {MAX_RANK}"
-    return _launch.unavailable(problem.device, problem.index, problem.dtype, problem.adapter_dtype)
+    return _launch.unavailable(problem.device, problem.device_index, problem.dtype, problem.adapter_dtype)
 
 
 def unproven(problem) -> str | None:
     if _launch.INTERPRETED:
         return _launch.INTERPRETER_IS_FOR_TESTS
-    arch = _launch.architecture(torch.device(problem.device, problem.index))
+    arch = _launch.architecture(torch.device(problem.device, problem.device_index))
     if tuning.measured_win(arch, "lora_linear", problem) is None:
         return f"no measurement in tuning/{arch}.json says that it beats composed at this shape"
     return None
