@@ -76,6 +76,7 @@ def lora_linear(
     """
     if not _lora_linear_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
         _explain_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+        scaling, dropout_p = scaling * 1.0, dropout_p * 1.0  # integers, fractions, symbolic numbers of torch.compile
     drop = training and dropout_p > 0
     if type(weight) not in _PLAIN and _is_dtensor(x, weight, lora_A, lora_B):
         return _lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p if drop else 0.0)
