@@ -36,6 +36,7 @@ _UNSUPPORTED_TENSORS = {
     "lora_embedding_": "an adapted embedding",
     ".bias": "a bias",
     "modules_to_save": "modules_to_save",
+    ".base_layer.": "a base weight, as PEFT saves without save_embedding_layers=False,",
 }
 
 

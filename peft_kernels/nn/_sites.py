@@ -59,11 +59,8 @@ def fused_sites(model: nn.Module) -> list[Site]:
     return [site for site in all_sites(model) if isinstance(site.module, FusedLoRALinear)]
 
 
-def check_open(model: nn.Module, where: str) -> nn.Module:
+def check_open(model: nn.Module, where: str) -> None:
     """Refuses models whose linear layers cannot be replaced any more.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: the model is wrapped by DDP or FSDP, has PEFT's own adapters, or is itself a linear layer.
@@ -80,7 +77,6 @@ def check_open(model: nn.Module, where: str) -> nn.Module:
             raise ValueError(f"{where}: the model has adapters of Hugging Face PEFT already; expected a plain model")
     if is_linear(model) or isinstance(model, FusedLoRALinear):
         raise ValueError(f"{where}: the model is itself a linear layer; use FusedLoRALinear.from_linear")
-    return model
 
 
 def find_targets(model: nn.Module, settings: LoraSettings, where: str) -> list[Site]:
@@ -90,7 +86,7 @@ def find_targets(model: nn.Module, settings: LoraSettings, where: str) -> list[S
     the output embeddings, as PEFT does, and what `skipped_linears` lists.
 
     Args:
-        model: a model that `check_open` has passed.
+        model: the inside of a model that `check_open` has passed.
         settings: which layers are meant.
         where: what messages begin with.
 

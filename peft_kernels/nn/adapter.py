@@ -108,7 +108,8 @@ def add_lora(
         TypeError: an argument of the wrong type.
     """
     where = "add_lora"
-    model = unwrap(check_open(model, where))
+    check_open(model, where)
+    model = unwrap(model)
     settings = checked_settings(
         where,
         r=r,

@@ -96,11 +96,13 @@ def load_adapter(
         ValueError: a file is corrupt, unsupported or does not fit the model; the message names file and key, and the
             model is unchanged.
     """
-    model = unwrap(model)
+    wrapped, model = model, unwrap(model)
     with open_adapter(folder, adapter_name) as adapter:
         where = str(adapter.path)
         present = fused_sites(model)
-        sites = present or find_targets(unwrap(check_open(model, where)), adapter.settings, where)
+        if not present:
+            check_open(wrapped, where)
+        sites = present or find_targets(model, adapter.settings, where)
         _check_fit(adapter, sites, model)
         tensors = adapter.read()
     if present:
