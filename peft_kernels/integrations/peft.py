@@ -23,9 +23,8 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
-from peft_kernels import parity
+from peft_kernels import functional, parity
 from peft_kernels.checks import MAX_RANK
-from peft_kernels.functional import lora_linear
 from peft_kernels.integrations.report import Calls, Report, Row
 
 logger = logging.getLogger("peft_kernels")
@@ -69,7 +68,7 @@ class FusedPeftLinear(Linear):
             _record(self, operands)
             return Linear.forward(self, x, *args, **kwargs)
         weight, bias, lora_A, lora_B, scaling, dropout_p = operands
-        return lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p)
+        return functional.lora_linear(x, weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p)
 
     def _get_name(self) -> str:
         return "Linear"  # so that repr says `lora.Linear`, as PEFT's
