@@ -90,7 +90,7 @@ def philox_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Ten
     """Dropout whose mask is a pure function of (seed, element), the same bits in every implementation.
 
     y[m, k] = x[m, k] / (1 - p) where lane(seed, m, k) >= round(65536 p), else 0, with the 16-bit lanes of Philox
-    4x32-10 (Salmon et al., SC 2011; layout in `kernels/reference/philox_dropout.py`). Only the seed is kept for backward.
+    4x32-10 (Salmon et al., SC 2011; layout in `kernels/reference/philox_dropout.py`). Backward keeps only the seed.
 
     Args:
         x: [..., K]; m counts the rows of x flattened to two dimensions.
