@@ -165,10 +165,9 @@ def parse_config(config: dict, path: Path) -> LoraSettings:
         if key in _UNSUPPORTED and value not in _UNSUPPORTED[key]:
             unused = json.dumps(_UNSUPPORTED[key][0])
             raise ValueError(f"{path}: {key} is {short(value)}, which is not supported; expected {unused}")
-        if key not in (*_REQUIRED, *_OPTIONAL, *_IGNORED, *_UNSUPPORTED):
-            raise ValueError(
-                f"{path}: the key {key!r} is unknown, and so is whether it changes what the adapter computes"
-            )
+        known = key in (*_REQUIRED, *_OPTIONAL, *_IGNORED, *_UNSUPPORTED)
+        if not known and value is not None and value is not False:  # a newer PEFT's option that is off is harmless
+            raise ValueError(f"{path}: the key {short(key)} is unknown; it may change what the adapter computes")
     init = config.get("init_lora_weights")
     if init not in _HARMLESS_INITS:
         raise ValueError(

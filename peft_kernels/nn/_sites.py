@@ -10,6 +10,7 @@ from torch import nn
 
 from peft_kernels.checks import FLOATS
 from peft_kernels.formats.peft_config import LoraSettings
+from peft_kernels.formats.strict_json import short
 from peft_kernels.nn.lora import FusedLoRALinear, is_linear
 
 # Names that torch.compile, FSDP and activation checkpointing insert into those of the modules that they wrap.
@@ -163,9 +164,9 @@ def _objection(module: nn.Module, compiled: bool) -> str | None:
 
 def _nothing_found(model: nn.Module, settings: LoraSettings, where: str) -> str:
     asked = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
-    message = f"{where}: target_modules = {asked!r} names no layer"
+    message = f"{where}: target_modules = {short(asked)} names no layer"
     if settings.exclude_modules:
-        message += f" that exclude_modules = {settings.exclude_modules!r} leaves"
+        message += f" that exclude_modules = {short(settings.exclude_modules)} leaves"
     if isinstance(settings.target_modules, str) and not settings.all_linear:
         message += " (a string is a regular expression for the whole name; a list holds names or their endings)"
     return f"{message}; linear layers of the model end in {_list_endings(all_sites(model))}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_kernels.checks import shape_text
 from peft_kernels.formats.peft_adapter import Adapter, open_adapter, write_adapter
 from peft_kernels.formats.peft_config import LoraSettings, checked_settings, to_config
+from peft_kernels.formats.strict_json import short
 from peft_kernels.nn._sites import Site, all_sites, check_open, find_targets, fused_sites, unwrap
 from peft_kernels.nn.adapter import AdapterReport, build_layers, install, report
 from peft_kernels.nn.lora import FusedLoRALinear
@@ -59,6 +60,8 @@ def save_adapter(
     for name, layer in layers.items():
         if layer.lora_A.is_meta or layer.lora_B.is_meta:
             raise ValueError(f"{where}: {name} is on the meta device and has no values")
+        if layer.lora_A.shape != (layer.r, layer.in_features) or layer.lora_B.shape != (layer.out_features, layer.r):
+            raise ValueError(f"{where}: {name} holds a part of its adapter only (ZeRO-3?); gather the parameters first")
     settings = _settings_of(layers, [name for site in all_sites(model) for name in site.names], where)
     base_model = getattr(model, "name_or_path", None)
     base_model = base_model if isinstance(base_model, str) and base_model else None
@@ -132,7 +135,7 @@ def _check_fit(adapter: Adapter, sites: Sequence[Site], model: nn.Module) -> Non
     named = {name for site in sites for name in site.names}
     for layer in adapter.layers:
         if layer not in named:
-            raise ValueError(f"{adapter.path}: has tensors for {layer!r}, {_why_not(layer, model)}")
+            raise ValueError(f"{adapter.path}: has tensors for {short(layer)}, {_why_not(layer, model)}")
     for site in sites:
         for name in site.names:
             if name not in adapter.layers:

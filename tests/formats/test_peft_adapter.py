@@ -73,6 +73,11 @@ def test_every_key_that_peft_writes_is_known(tmp_path):
     assert parse_config(config, tmp_path).r == 2
 
 
+def test_options_of_a_newer_peft_may_be_off(tmp_path):
+    config = good_config(use_something_new=False, something_new_config=None)
+    assert read(write_folder(tmp_path, config))[0].r == 2
+
+
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../x", "a/b", "/tmp/victim", "a\\b", "a.b", "x" * 65, "a\n", "é", None]
 )

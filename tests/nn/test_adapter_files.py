@@ -243,6 +243,27 @@ class TestWrapped:
         finally:
             torch.distributed.destroy_process_group()
 
+    def test_fsdp2(self, tmp_path):
+        """Sharded parameters are gathered for the file; loading into them is refused."""
+        from torch.distributed.fsdp import fully_shard
+
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            mesh = torch.distributed.init_device_mesh("cpu", (1,))
+            model = base_model()
+            load_adapter(model, write_folder(tmp_path / "good"))
+            for layer in (model.first, model.second, model):
+                fully_shard(layer, mesh=mesh)
+            save_adapter(model, tmp_path / "saved")
+            saved = load_file(tmp_path / "saved" / WEIGHTS)
+            assert all(torch.equal(saved[key], value) for key, value in good_tensors().items())
+            with pytest.raises(ValueError, match="first of the model is sharded"):
+                load_adapter(model, tmp_path / "saved")
+            with pytest.raises(ValueError, match="FSDPModule wraps the model"):
+                add_lora(model, 2)
+        finally:
+            torch.distributed.destroy_process_group()
+
     def test_peft_saved_a_compiled_model(self, tmp_path):
         peft = pytest.importorskip("peft")
         theirs = peft.get_peft_model(base_model(), peft.LoraConfig(r=2, target_modules=["first"]))
@@ -476,6 +497,13 @@ class TestSaveRefuses:
             save_adapter(adapted(), tmp_path / "new", adapter_name=name)
         with pytest.raises(ValueError, match="adapter_name"):
             load_adapter(base_model(), tmp_path, adapter_name=name)
+        assert not (tmp_path / "new").exists()
+
+    def test_partitioned_parameters(self, tmp_path):
+        model = adapted()
+        model.first.lora_A.data = torch.empty(0)  # what ZeRO-3 leaves in place of a parameter
+        with pytest.raises(ValueError, match="first holds a part"):
+            save_adapter(model, tmp_path / "new")
         assert not (tmp_path / "new").exists()
 
     def test_meta(self, tmp_path):
