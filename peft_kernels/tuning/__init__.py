@@ -1,7 +1,7 @@
 """Kernel configurations and measured wins of each GPU architecture: data in `sm_*.json`, look-up here.
 
-The files are described in `tuning/files.py`, what can be tuned about a kernel in `tuning/configs.py`. Nothing is searched or
-timed here.
+The files are described in `tuning/files.py`, what can be tuned about a kernel in `tuning/configs.py`. Nothing is
+searched or timed here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def config(arch: str, kernel: str, dtype: torch.dtype, *, dropout: bool = False,
 
 
 def measured_win(arch: str, op: str, problem: Any) -> str | None:
-    """The measurement, on exactly this architecture, that says an op's fused kernel wins for `problem`; None without one."""
+    """The measurement on exactly this architecture that says an op's fused kernel wins for `problem`, or None."""
     if arch not in known_architectures():
         return None
     wins = (win for win in load(arch).measured if win.op == op and win.covers(problem))

@@ -1,4 +1,5 @@
-"""What can be tuned about each kernel. Blocks are elements of a tile: M rows, N columns of the result, K summed, R rank."""
+"""What can be tuned about each kernel. Blocks are elements of a tile: M rows, N columns of the result, K summed, R
+rank."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ _HOST_ONLY = frozenset(("programs", "scratch_mib"))
 
 @dataclass(frozen=True)
 class PhiloxDropout(Config):
-    block_m: int
+    """`block` elements belong to a program, in rows of at most `block_k`."""
+
+    block: int
     block_k: int
 
 

@@ -1,8 +1,8 @@
 """S = drop(x) Aᵀ: x [M, K] is read once, the dropout mask is recomputed in registers, S [M, r] comes out.
 
-The same kernel without dropout gives dS = dY B. Floor: x once; M=8192, K=4096, bf16, 4.3 TB/s: 15.6 us (r=16: 1.1 GFLOP,
-1.4 us of tensor cores). Philox adds about 16 instructions an element: 0.12 clocks an element and SM against 0.11 for the
-memory, so with dropout the pass is about 1.1x the floor.
+The same kernel without dropout gives dS = dY B. Floor: x once; M=8192, K=4096, bf16, 4.3 TB/s: 15.6 us (r=16: 1.1
+GFLOP, 1.4 us of tensor cores). Philox adds about 16 instructions an element: 0.12 clocks an element and SM against
+0.11 for the memory, so with dropout the pass is about 1.1x the floor.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ def down_projection(x: Tensor, a: Tensor, dropout_p: float = 0.0, seed: Tensor |
     splits, k_per_split = _launch.split(k, config.block_k, tiles, config.programs)
     out = torch.empty((splits, m, r), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if m:
-        grid = (_launch.blocks(m, config.block_m), _launch.blocks(r, block_r), splits)
         _launch.launch(
-            _down_projection, grid, x.device,
+            _down_projection, (tiles, splits), x.device,
             x, a, out, seed, m, k, r, k_per_split, *x.stride(), *a.stride(),
             -(-k // LANES), threshold(dropout_p), scale(dropout_p),
             PRECISION=_launch.dot_precision(x.dtype), **{**config.options(), "BLOCK_R": block_r},
@@ -45,9 +44,10 @@ def _down_projection(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[split, M, R] (contiguous) = the sum over this split's columns of drop(x) aᵀ. No dropout when seed is None."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    split = tl.program_id(2)
+    pid, split = tl.program_id(0), tl.program_id(1)
+    blocks_r = tl.cdiv(R, BLOCK_R)  # the rank blocks of the same rows run together and share x in L2
+    rows = (pid // blocks_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     begin = split * k_per_split
     end = tl.minimum(begin + k_per_split, K)
     columns = begin + tl.arange(0, BLOCK_K)

@@ -4,8 +4,8 @@ A program owns BLOCK_M rows and one of the splits of N. It accumulates dS in reg
 [BLOCK_N, r] for each tile, as one partial of a fixed-order sum (`splitk_reduce`): no atomics.
 
 Floor: dY once; M=8192, N=4096, bf16, 4.3 TB/s: 15.6 us. The partials of dB add 4 r / BLOCK_M of dY's bytes (float32,
-written and read): r=16, BLOCK_M=128: 50 %, most of it in L2. From r=64 on a second pass over dY costs less
-(`tuning`: max_r), and two passes run instead.
+written and read): r=16, BLOCK_M=128: 50 %, most of it in L2. From r=64 on a second pass over dY costs less (`tuning`:
+max_r), and two passes run instead.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _grad_s_b(
         y_tile = tl.load(y_pointers, mask=rows_in[:, None] & columns_in[None, :], other=0.0)
         b_tile = tl.load(b_pointers, mask=columns_in[:, None] & ranks_in[None, :], other=0.0)
         total = tl.dot(y_tile, b_tile, total, input_precision=PRECISION)
-        partial = tl.dot(tl.trans(y_tile), s_tile, input_precision=PRECISION)
+        partial = tl.trans(tl.dot(tl.trans(s_tile), y_tile, input_precision=PRECISION))
         tl.store(grad_b_pointers, partial, mask=columns_in[:, None] & ranks_in[None, :])
         y_pointers += y_step
         b_pointers += b_step

@@ -1,4 +1,5 @@
-"""What every Triton kernel's host side shares: whether Triton can run here, on which architecture, and the launch itself.
+"""What every Triton kernel's host side shares: whether Triton can run here, on which architecture, and the launch
+itself.
 
 Importing this module does not import triton: `dispatch` asks `unavailable` on machines that have none.
 """

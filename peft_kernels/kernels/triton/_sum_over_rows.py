@@ -33,14 +33,14 @@ def sum_over_rows(
     (m, k), r = x.shape, low.shape[1]
     config = tuning.config(_launch.architecture(x.device), "sum_over_rows", x.dtype, dropout=seed is not None, r=r)
     block_r = min(_launch.padded_rank(r), config.block_r)
-    grid = (_launch.blocks(k, config.block_k), _launch.blocks(r, block_r))
-    splits, m_per_split = _launch.split(m, config.block_m, grid[0] * grid[1], config.programs)
+    tiles = _launch.blocks(k, config.block_k) * _launch.blocks(r, block_r)
+    splits, m_per_split = _launch.split(m, config.block_m, tiles, config.programs)
     shape = (k, r) if transposed else (r, k)
     partials = torch.empty((splits, *shape), dtype=torch.float32, device=x.device)
     if k:
-        strides = (r, 1) if transposed else (1, k)
+        strides = (1, r) if transposed else (k, 1)
         _launch.launch(
-            _sum_over_rows, (*grid, splits), x.device,
+            _sum_over_rows, (tiles, splits), x.device,
             low, x, partials, seed, m, k, r, m_per_split, *low.stride(), *x.stride(), *strides,
             -(-k // LANES), threshold(dropout_p), scale(dropout_p),
             PRECISION=_launch.dot_precision(x.dtype), **{**config.options(), "BLOCK_R": block_r},
@@ -50,37 +50,40 @@ def sum_over_rows(
 
 @triton.jit(do_not_specialize=["M", "threshold", "m_per_split"])
 def _sum_over_rows(
-    low, x, out, seed, M, K, R, m_per_split, stride_lm, stride_lr, stride_xm, stride_xk, stride_ok, stride_or,
+    low, x, out, seed, M, K, R, m_per_split, stride_lm, stride_lr, stride_xm, stride_xk, stride_or, stride_ok,
     groups, threshold, scale,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[split] (K R numbers, any order) = the sum over this split's rows of drop(x)ᵀ low. No dropout when seed is None."""
-    block_k, split = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    columns = block_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    ranks = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    """out[split] (R K numbers, strides given) = the sum over this split's rows of lowᵀ drop(x); no seed, no dropout."""
+    pid, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks_r = tl.cdiv(R, BLOCK_R)  # the rank blocks of the same columns run together and share x in L2
+    column = pid // blocks_r * BLOCK_K
+    columns = column.to(tl.int64) + tl.arange(0, BLOCK_K)
+    ranks = (pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     begin = split * m_per_split
     end = tl.minimum(begin + m_per_split, M)
     rows = begin + tl.arange(0, BLOCK_M)
     columns_in, ranks_in = columns < K, ranks < R
 
+    # `low` is loaded transposed and comes first in the product, so that x is used as it lies in memory: on sm_80 a
+    # transposed x would leave the asynchronous copies.
+    low_pointers = low + ranks[:, None] * stride_lr + rows[None, :] * stride_lm
     x_pointers = x + rows[:, None] * stride_xm + columns[None, :] * stride_xk
-    low_pointers = low + rows[:, None] * stride_lm + ranks[None, :] * stride_lr
     x_step, low_step = BLOCK_M * tl.cast(stride_xm, tl.int64), BLOCK_M * tl.cast(stride_lm, tl.int64)
     if seed is not None:
         key = tl.load(seed)
 
-    total = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for row in range(begin, end, BLOCK_M):
         rows_in = tl.arange(0, BLOCK_M) < end - row
         x_tile = tl.load(x_pointers, mask=rows_in[:, None] & columns_in[None, :], other=0.0)
-        low_tile = tl.load(low_pointers, mask=rows_in[:, None] & ranks_in[None, :], other=0.0)
+        low_tile = tl.load(low_pointers, mask=ranks_in[:, None] & rows_in[None, :], other=0.0)
         if seed is not None:
-            row_numbers = row + tl.arange(0, BLOCK_M)
-            keep = kept(key, row_numbers, block_k * BLOCK_K, groups, threshold, BLOCK_M, BLOCK_K)
+            keep = kept(key, row + tl.arange(0, BLOCK_M), column, groups, threshold, BLOCK_M, BLOCK_K)
             x_tile = tl.where(keep, x_tile.to(tl.float32) * scale, 0.0).to(x_tile.dtype)
-        total = tl.dot(tl.trans(x_tile), low_tile, total, input_precision=PRECISION)
+        total = tl.dot(low_tile, x_tile, total, input_precision=PRECISION)
         x_pointers += x_step
         low_pointers += low_step
 
-    out_pointers = out + split * K * R + columns[:, None] * stride_ok + ranks[None, :] * stride_or
-    tl.store(out_pointers, total, mask=columns_in[:, None] & ranks_in[None, :])
+    out_pointers = out + split * K * R + ranks[:, None] * stride_or + columns[None, :] * stride_ok
+    tl.store(out_pointers, total, mask=ranks_in[:, None] & columns_in[None, :])
