@@ -1,0 +1,294 @@
+"""The benchmarks' own logic: no speed for a wrong result, honest ratios, stale marks, no host name in a result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import compare, gate, memory, peers, provenance, report, timing
+from benchmarks.peers import AUTO, FROZEN, PEERS, PEFT
+from benchmarks.problems import FORWARD, FORWARD_BACKWARD, Ceilings, Spec
+from peft_kernels import dispatch
+from peft_kernels._table import table
+
+SMALL = Spec(24, 32, 40, 4)
+DROPPING = Spec(24, 32, 40, 4, dropout_p=0.25)
+MIXED = Spec(24, 32, 40, 4, torch.bfloat16, torch.float32)
+ROOT = Path(__file__).resolve().parent.parent
+
+runnable = [peer for peer in PEERS if peer.unavailable(SMALL) is None]
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_checked():
+    gate.check.cache_clear()
+    yield
+    gate.check.cache_clear()
+
+
+def test_every_peer_is_runnable_or_says_why_not():
+    assert {"frozen", "peft", "ours (auto)", "ours (composed)", "ours (reference)"} <= {peer.name for peer in runnable}
+    for peer in PEERS:
+        reason = peer.unavailable(SMALL)
+        assert reason is None or len(reason) > 10, f"{peer.name}: {reason!r}"
+
+
+@pytest.mark.parametrize("spec", [SMALL, DROPPING], ids=lambda spec: spec.label)
+@pytest.mark.parametrize("peer", runnable, ids=lambda peer: peer.name)
+def test_the_gate_lets_right_results_pass(peer, spec):
+    assert gate.check(peer, spec) == "exact mask"
+
+
+@pytest.mark.parametrize("name", ["peft", "peft autocast", "ours (composed)"])
+def test_the_gate_with_16_bit_weights(name):
+    assert gate.check(peers.by_name(name), MIXED) == "exact mask"
+
+
+@pytest.mark.parametrize("spoiled", ["y", "lora_A", "lora_B", "x"])
+def test_the_gate_refuses_a_wrong_backend(monkeypatch, spoiled):
+    """One result of one implementation is off by 1 %: its peer raises, the others do not."""
+    module = dispatch.implementation("lora_linear", "composed")
+    forward, backward = module.forward, module.backward
+    if spoiled == "y":
+
+        def wrong(*arguments):
+            y, s = forward(*arguments)
+            return y * 1.01, s
+
+        monkeypatch.setattr(module, "forward", wrong)
+    else:
+        position = ("x", "weight", "bias", "lora_A", "lora_B").index(spoiled)
+
+        def wrong(*arguments):
+            grads = list(backward(*arguments))
+            grads[position] = grads[position] * 1.01
+            return tuple(grads)
+
+        monkeypatch.setattr(module, "backward", wrong)
+    with pytest.raises(gate.WrongResult, match=rf"ours \(composed\) is wrong.*not timed: {spoiled}: "):
+        gate.check(peers.by_name("ours (composed)"), SMALL)
+    gate.check(peers.by_name("ours (reference)"), SMALL)
+    gate.check(PEFT, SMALL)
+
+
+def test_the_gate_refuses_a_mask_that_backward_does_not_share(monkeypatch):
+    module = dispatch.implementation("lora_linear", "reference")
+    backward = module.backward
+
+    def another_seed(grad_y, x, s, weight, a, b, scaling, p, seed, needs):
+        return backward(grad_y, x, s, weight, a, b, scaling, p, None if seed is None else seed + 1, needs)
+
+    monkeypatch.setattr(module, "backward", another_seed)
+    with pytest.raises(gate.WrongResult, match=r"not timed: (x|lora_A): "):
+        gate.check(peers.by_name("ours (reference)"), DROPPING)
+
+
+def test_a_wrong_result_gets_no_time(tmp_path):
+    """The benchmark itself, run on a backend that is wrong: it fails, and the file has no row for it."""
+    plugin = tmp_path / "spoil.py"
+    plugin.write_text(
+        "from peft_kernels.kernels.reference import lora_linear as m\n"
+        "right = m.forward\n"
+        "m.forward = lambda *a: tuple(t * 1.01 for t in right(*a))\n"
+    )
+    out = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/bench_lora_linear.py",
+        "-q",
+        "-p",
+        "spoil",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["-k", "M4 and (reference or frozen) and not backward", f"--benchmark-json={out}"]
+    environment = {"PYTHONPATH": f"{tmp_path}", "PATH": "", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "ours (reference) is wrong" in done.stdout
+    content = json.loads(out.read_text())
+    assert [row["extra_info"]["peer"] for row in content["benchmarks"]] == ["frozen"]
+    assert "node" not in content["machine_info"]
+    assert "data" not in content["benchmarks"][0]["stats"]
+    (row,) = report.load(out).rows
+    assert row.info["percent_of_floor"] == pytest.approx(100 * row.info["floor_s"] / row.stats["median"], abs=0.1)
+
+
+def test_bytes_kept_for_backward():
+    """What the table says is kept is what the contract allows: x and S, nothing else; PEFT keeps more under dropout."""
+    spec = Spec(64, 32, 48, 4, dropout_p=0.25)
+    kept = {peer.name: _kept(peer, spec) for peer in (FROZEN, PEFT, AUTO)}
+    x, s = 64 * 32 * 4, 64 * 4 * 4
+    assert kept["frozen"] == 0
+    assert kept["ours (auto)"] == x + s + 8
+    assert kept["peft"] >= x + s + 64 * 32  # a mask or a dropped-out copy of x, in whatever form
+
+
+def _kept(peer, spec) -> int:
+    layer = peer.layer(spec)
+    return memory.saved_bytes(layer, layer.parameters())
+
+
+def test_a_layer_computes_the_formula():
+    """The peers' common problem is the layer that users train, at the scaling that the problem names."""
+    problem = SMALL.draw()
+    t = problem.tensors
+    y, grads = PEFT.build(problem).result()
+    low_rank = F.linear(F.linear(t["x"], t["lora_A"]), t["lora_B"])
+    torch.testing.assert_close(y, F.linear(t["x"], t["weight"]) + problem.scaling * low_rank)
+    assert set(grads) == {"x", "lora_A", "lora_B"}
+
+
+def test_floor():
+    """The main shape's forward floor on an H200's measured ceilings, as in the design: 351 µs of arithmetic."""
+    spec = Spec(8192, 4096, 4096, 16, torch.bfloat16, torch.bfloat16)
+    ceilings = Ceilings(790e12, 4.3e12)
+    assert spec.flop(FORWARD) == 2 * 8192 * (4096 * 4096 + 2 * 16 * 4096)
+    assert spec.floor(FORWARD, ceilings) == pytest.approx(351e-6, rel=0.005)
+    assert spec.floor(FORWARD_BACKWARD, ceilings) == pytest.approx((351 + 353) * 1e-6, rel=0.005)
+    decode = Spec(1, 4096, 4096, 16, torch.bfloat16, torch.bfloat16)
+    assert decode.floor(FORWARD, ceilings) == pytest.approx(decode.bytes(FORWARD) / 4.3e12)
+
+
+class Scripted:
+    """A stopwatch that reads out what it was given, and notes when it was asked."""
+
+    def __init__(self, name, readings, log):
+        self.name, self.readings, self.log = name, iter(readings), log
+
+    def sample(self):
+        self.log.append(self.name)
+        return next(self.readings)
+
+
+def test_ratio_survives_a_machine_that_changes_speed():
+    """The machine gets 10 times slower half-way. Pairs still say 0.8; two runs, one after the other, could say 8."""
+    log: list[str] = []
+    speed = [1.0] * 5 + [10.0] * 5
+    a = Scripted("a", [0.8 * s for s in speed], log)
+    b = Scripted("b", speed, log)
+    result = compare.ratio(a, b, rounds=10)
+    assert result.ratio == pytest.approx(0.8)
+    assert result.best == pytest.approx(0.8)
+    assert (result.low, result.high) == (pytest.approx(0.8), pytest.approx(0.8))
+    assert log[:4] == ["a", "b", "b", "a"], "whoever goes first alternates"
+
+
+def test_clock_shows_the_stopwatch_and_not_the_time():
+    clock = timing.Clock()
+    start = clock()
+    clock.advance(0.25)
+    assert clock() - start == 0.25
+    calls = []
+    watch = timing.HostStopwatch([lambda: calls.append(1)])
+    assert watch.calls > 1
+    assert 0 < watch.sample() < 1e-3
+
+
+def test_digest_changes_with_the_sources(tmp_path):
+    kernels = tmp_path / "peft_kernels" / "kernels" / "triton"
+    for folder in (kernels, tmp_path / "peft_kernels" / "ops", tmp_path / "peft_kernels" / "tuning"):
+        folder.mkdir(parents=True)
+    (kernels / "lora_linear.py").write_text("one")
+    before = provenance.digest("lora_linear", "triton", tmp_path)
+    assert provenance.digest("lora_linear", "triton", tmp_path) == before
+    (kernels / "nf4_linear.py").write_text("another op")
+    assert provenance.digest("lora_linear", "triton", tmp_path) == before
+    seen = {before}
+    for name in (
+        "kernels/triton/_shared.py",
+        "ops/lora_linear.py",
+        "tuning/sm_90.json",
+        "kernels/triton/lora_linear.py",
+    ):
+        (tmp_path / "peft_kernels" / name).write_text("changed")
+        seen.add(provenance.digest("lora_linear", "triton", tmp_path))
+    assert len(seen) == 5, "each change gives another digest"
+
+
+def test_every_backend_has_sources():
+    for op, order in dispatch.ORDER.items():
+        for backend in order:
+            paths = {path.relative_to(ROOT).as_posix() for path in provenance.sources(op, backend)}
+            assert {f"peft_kernels/ops/{op}.py", f"peft_kernels/kernels/{backend}/{op}.py"} <= paths
+
+
+def recorded(tmp_path, **info) -> Path:
+    """A result file of one row, as `make bench` writes it."""
+    facts = {
+        "op": "lora_linear", "problem": "P", "mode": FORWARD, "peer": "ours (composed)", "backend": "composed",
+        "digest": provenance.digest("lora_linear", "composed"), "checked": "exact mask", "timer": "host",
+        "saved_bytes": 2**20, "percent_of_floor": 50.0,
+        "ratio_to_peft": {"ratio": 0.75}, "ratio_to_frozen": {"ratio": 1.2},
+    } | info  # fmt: skip
+    stats = {"median": 1e-3, "iqr": 1e-5}
+    content = {
+        "machine_info": {"device": "cpu", "versions": {"torch": "2.13.0"}},
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "benchmarks": [{"stats": stats, "extra_info": facts}],
+    }
+    path = tmp_path / "bench_lora_linear.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_report_marks_what_has_changed_since(tmp_path, capsys):
+    path = recorded(tmp_path)
+    assert not report.load(path).rows[0].stale
+    assert report.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "stale" not in text
+    assert "1000.0" in text
+    assert "0.75" in text
+    path = recorded(tmp_path, digest="of another source")
+    assert report.load(path).rows[0].stale
+    assert report.main([str(path), "--output", str(tmp_path / "report.md")]) == 0
+    assert "stale" in (tmp_path / "report.md").read_text()
+
+
+def test_foreign_peers_are_never_stale(tmp_path):
+    content = json.loads(recorded(tmp_path).read_text())
+    for key in ("digest", "backend"):
+        del content["benchmarks"][0]["extra_info"][key]
+    path = tmp_path / "bench_other.json"
+    path.write_text(json.dumps(content))
+    assert not report.load(path).rows[0].stale
+
+
+def test_report_plots(tmp_path):
+    target = report.plot(report.load(recorded(tmp_path)), tmp_path / "plots")
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmarks": [{"stats": {}}]}'])
+def test_report_names_a_file_that_is_none(tmp_path, capsys, content):
+    path = tmp_path / "bench_broken.json"
+    path.write_text(content)
+    assert report.main([str(path)]) == 1
+    assert "bench_broken.json: not a benchmark result" in capsys.readouterr().err
+
+
+def test_committed_results_can_be_reported():
+    paths = report.committed()
+    assert paths, "no result set is committed"
+    for path in paths:
+        run = report.load(path)
+        assert run.rows
+        assert run.machine["device"] in report.render(run)
+
+
+def test_table():
+    text = table([("a", "1.5", None), ("bbbb", "-22", "x")], ("name", "time", "note"))
+    assert text.splitlines() == ["name  time  note", "----  ----  ----", "a      1.5", "bbbb   -22  x"]
+    markdown = table([("a", "1.5")], ("name", "time"), markdown=True)
+    assert markdown.splitlines()[1] == "| ---- | ---: |"
+    with pytest.raises(ValueError, match=r"argument 2 is longer|shorter"):
+        table([("a",)], ("name", "time"))
