@@ -39,13 +39,14 @@ bench() {
 }
 
 tests() {
-  part "$1" "$2" "$PYTHON" -m pytest "${@:3}" -q -m gpu -p no:cacheprovider -n 6 --dist worksteal
+  part "$1" "$2" "$PYTHON" -m pytest "${@:3}" -q -m gpu -p no:cacheprovider -n 6 --dist loadgroup
 }
 
-part build 90 "$PYTHON" setup.py build_ext --inplace
-tests gpu_tests 110 tests/gpu
-tests op_tests 90 tests/ops
-bench libraries 140 'not compiled and not unsloth and not lorafusion'
+part build 80 "$PYTHON" setup.py build_ext --inplace
+part doctor 30 "$PYTHON" -m peft_kernels.cli.main doctor
+tests gpu_tests 95 tests/gpu
+tests op_tests 80 tests/ops
+bench libraries 130 'not compiled and not unsloth and not lorafusion'
 bench compiled 60 'compiled and r16'
 bench others 25 'unsloth or lorafusion'
 part report 20 "$PYTHON" -m benchmarks.report "$RESULTS"/bench_*.json --output "$RESULTS/report.md"

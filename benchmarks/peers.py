@@ -183,7 +183,8 @@ def _peft(problem: Tensors, *, autocast: bool = False) -> Layer:
         return layer.lora_dropout["default"](ones).double()
 
     def context() -> contextlib.AbstractContextManager:
-        return torch.autocast(problem.device, dtype=problem.dtype, enabled=autocast)
+        # A training step casts each adapter once; the cache would spare that to all repetitions of a measurement.
+        return torch.autocast(problem.device, dtype=problem.dtype, enabled=autocast, cache_enabled=False)
 
     return Layer(layer, leaves, problem.grad_y, context, drop_mask, (problem.tensors["weight"],))
 

@@ -25,10 +25,9 @@ def sources(op: str, backend: str, root: Path = ROOT) -> list[Path]:
         (kernels, f"{op}*.py"),
         (kernels, "_*.py"),
         (package / "tuning", "*.json"),
-        (root / "csrc", f"**/{op}*"),
     ]
-    if backend not in ("cuda", "cpu"):
-        patterns.pop()
+    if backend in ("cuda", "cpu"):
+        patterns += [(root / "csrc", pattern) for pattern in (f"**/{op}*", "**/*.h", "**/*.cuh")]
     return sorted({path for folder, pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 

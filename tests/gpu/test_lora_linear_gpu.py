@@ -15,6 +15,7 @@ from tests.gpu.conftest import on_gpu
 from tests.helpers import GRADS, LoraProblem, assert_as_accurate_as_eager, relative_error
 
 pytestmark = pytest.mark.gpu
+ONE_AT_A_TIME = pytest.mark.xdist_group("memory")  # parallel tests would take the memory from one another
 EVERY = pytest.mark.parametrize("backend", on_gpu("lora_linear"), indirect=True)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -72,6 +73,7 @@ def test_same_bits_every_time(backend, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("wide", ["in_features", "out_features"])
+@ONE_AT_A_TIME
 @EVERY
 def test_offsets_beyond_32_bits(backend, wide, dropout_p, needs_memory):
     """x, or y and its gradient, has more than 2^31 elements: the last rows are what they are in a problem of their own,
@@ -118,6 +120,7 @@ def _in_blocks(x, grad_y, t, problem: LoraProblem, seed) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@ONE_AT_A_TIME
 @EVERY
 def test_memory_that_forward_leaves_and_training_needs(backend, dropout_p, needs_memory):
     """Forward leaves y and S [M, r]. Forward + backward never holds a second x besides dx: no mask, no dropped-out or
