@@ -35,7 +35,9 @@ class Site(NamedTuple):
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    """The model inside DistributedDataParallel, DataParallel and torch.compile. TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
@@ -65,10 +67,7 @@ def check_open(model: nn.Module, where: str) -> None:
 
     Raises:
         ValueError: the model is wrapped by DDP or FSDP, has PEFT's own adapters, or is itself a linear layer.
-        TypeError: it is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: model is {type(model).__name__}; expected a torch.nn.Module")
     for module in model.modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if kinds & _PARAMETER_OWNERS:

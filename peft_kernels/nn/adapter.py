@@ -108,8 +108,8 @@ def add_lora(
         TypeError: an argument of the wrong type.
     """
     where = "add_lora"
-    check_open(model, where)
-    model = unwrap(model)
+    wrapped, model = model, unwrap(model)
+    check_open(wrapped, where)
     settings = checked_settings(
         where,
         r=r,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.checks import shape_text
-from peft_kernels.formats.peft_adapter import Adapter, open_adapter, write_adapter
+from peft_kernels.formats.peft_adapter import Adapter, adapter_folder, open_adapter, write_adapter
 from peft_kernels.formats.peft_config import LoraSettings, checked_settings, to_config
 from peft_kernels.formats.strict_json import short
 from peft_kernels.nn._sites import Site, all_sites, check_open, find_targets, fused_sites, unwrap
@@ -67,7 +67,9 @@ def save_adapter(
     base_model = base_model if isinstance(base_model, str) and base_model else None
     config = to_config(settings, base_model=base_model, task_type=task_type)
     tensors = {name: {m: _whole(getattr(layer, m)) for m in _MATRICES} for name, layer in layers.items()}
-    return write_adapter(folder, config, tensors, adapter_name) if is_main_process else Path(folder)
+    if is_main_process:
+        return write_adapter(folder, config, tensors, adapter_name)
+    return adapter_folder(folder, adapter_name)
 
 
 def load_adapter(
@@ -108,21 +110,18 @@ def load_adapter(
         sites = present or find_targets(model, adapter.settings, where)
         _check_fit(adapter, sites, model)
         tensors = adapter.read()
+    dtypes = [
+        site.module.lora_A.dtype if present else adapter_dtype or adapter.info(site.name, "lora_A").dtype
+        for site in sites
+    ]
+    values = [_values(site, tensors, dtype, where) for site, dtype in zip(sites, dtypes, strict=True)]
     if present:
-        values = [_values(site, tensors, site.module.lora_A.dtype, where) for site in sites]
-        layers = [site.module for site in sites]
+        _fill([site.module for site in sites], values)
+        _take_over(sites, adapter.settings)
     else:
-        dtypes = [adapter_dtype or adapter.info(site.name, "lora_A").dtype for site in sites]
-        values = [_values(site, tensors, dtype, where) for site, dtype in zip(sites, dtypes, strict=True)]
-        built = build_layers(sites, adapter.settings, dtypes)
-        layers = list(built.values())
-    _assign(layers, values)
-    if present:
-        for site in sites:
-            site.module.lora_dropout = float(adapter.settings.lora_dropout)
-            site.module._set_scaling(adapter.settings.alpha_of(site.name), adapter.settings.use_rslora)
-    else:
-        install(model, built)
+        layers = build_layers(sites, adapter.settings, dtypes)
+        _fill(layers.values(), values)
+        install(model, layers)
     return report(model)
 
 
@@ -189,10 +188,16 @@ def _values(site: Site, tensors: Mapping, dtype: torch.dtype, where: str) -> tup
 
 
 @torch.no_grad()
-def _assign(layers: Sequence[FusedLoRALinear], values: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _fill(layers: Iterable[FusedLoRALinear], values: Iterable[tuple[Tensor, Tensor]]) -> None:
     for layer, (lora_A, lora_B) in zip(layers, values, strict=True):
         layer.lora_A.copy_(lora_A)
         layer.lora_B.copy_(lora_B)
+
+
+def _take_over(sites: Iterable[Site], settings: LoraSettings) -> None:
+    for site in sites:
+        site.module.lora_dropout = float(settings.lora_dropout)
+        site.module._set_scaling(settings.alpha_of(site.name), settings.use_rslora)
 
 
 def _settings_of(layers: Mapping[str, FusedLoRALinear], names: Sequence[str], where: str) -> LoraSettings:

@@ -126,6 +126,14 @@ def test_file_that_changes_between_header_and_data(tmp_path):
             adapter.read()
 
 
+def test_data_that_are_not_what_the_header_said(tmp_path):
+    path = write_folder(tmp_path) / WEIGHTS
+    with open(path, "rb") as file:
+        infos = read_header(file, path)
+        with pytest.raises(ValueError, match="changed while it was read"):
+            read_tensors(file, {**infos, A: infos[A]._replace(shape=(6, 2))}, path)
+
+
 def test_read_tensors_own_their_memory(tmp_path):
     write_folder(tmp_path)
     with open_adapter(tmp_path) as adapter:

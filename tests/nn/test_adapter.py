@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 import peft_kernels
-from peft_kernels import FusedLoRALinear, add_lora, merge_adapter, trainable_parameters, unmerge_adapter
+from peft_kernels import (
+    FusedLoRALinear,
+    add_lora,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    trainable_parameters,
+    unmerge_adapter,
+)
 from tests.adapter_files import base_model
 from tests.helpers import relative_error
 from tests.nn.models import bert, disturb, gpt2, output, snapshot
@@ -235,9 +243,10 @@ def test_wrong_types_leave_it_unchanged(arguments):
     assert_unchanged()
 
 
-def test_no_module():
+@pytest.mark.parametrize("function", [add_lora, merge_adapter, save_adapter, load_adapter])
+def test_no_module(function, tmp_path):
     with pytest.raises(TypeError, match="model is str"):
-        add_lora("model")
+        function("model", *[tmp_path] * (function in (save_adapter, load_adapter)))
 
 
 def test_failure_half_way_leaves_the_model_unchanged(monkeypatch):
