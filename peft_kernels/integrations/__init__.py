@@ -53,6 +53,7 @@ def restore(model: nn.Module) -> int:
     Raises:
         ImportError: `peft` is not installed.
         TypeError: model is not a `torch.nn.Module`.
+        RuntimeError: FSDP2 has wrapped a layer since. The model is unchanged.
     """
     return _peft().restore(model)
 

@@ -214,13 +214,15 @@ def _record(layer: FusedPeftLinear, reason: str) -> None:
 
 def _lasting_objection(layer: BaseTunerLayer) -> str | None:
     """Why a layer can never be fused, whatever its state."""
-    if type(layer) not in (Linear, FusedPeftLinear):
-        return f"the layer is PEFT's {type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__qualname__}"
-    if "forward" in layer.__dict__ and type(layer) is Linear:
-        return "the forward of the layer is replaced; call accelerate before whatever replaces it"
-    base = layer.base_layer
-    if type(base) not in _BASES:
-        return _type_objection(base, None, None, None)
+    if not isinstance(layer, FusedPeftLinear):  # also of the subclass that FSDP2 makes of it
+        if type(layer) is not Linear:
+            name = _full_name(layer).removeprefix("peft.tuners.")
+            when = "; call accelerate before fully_shard" if _is_fsdp(layer) else ""
+            return f"the layer is a {name}, not exactly PEFT's lora.Linear{when}"
+        if "forward" in layer.__dict__:
+            return "the forward of the layer is replaced; call accelerate before whatever replaces it"
+    if type(layer.base_layer) not in _BASES:
+        return _type_objection(layer.base_layer, None, None, None)
     return None
 
 
@@ -235,24 +237,24 @@ def _objection(layer: BaseTunerLayer, sharded: bool) -> str | None:
     return reason
 
 
-def _tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+def _tuner_layers(model: nn.Module, who: str) -> dict[str, BaseTunerLayer]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: model is {type(model).__name__}; expected a torch.nn.Module")
+        raise TypeError(f"{who}: model is {type(model).__name__}; expected a torch.nn.Module")
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _is_sharded(model: nn.Module) -> bool:
+def _is_fsdp(module: nn.Module) -> bool:
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return isinstance(module, FSDPModule)
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     """See `peft_kernels.accelerate`."""
-    layers = _tuner_layers(model)
-    sharded = _is_sharded(model)
+    layers = _tuner_layers(model, "accelerate")
+    sharded = any(map(_is_fsdp, model.modules()))
     reasons = {name: _objection(layer, sharded) for name, layer in layers.items()}
     calls = Calls(strict)
     report = Report(tuple(Row(name, reason is None, reason or "") for name, reason in reasons.items()), calls)
@@ -269,15 +271,22 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         calls.fallbacks[reason] = Counter()
     for name, layer in layers.items():
         if _lasting_objection(layer) is None:
-            layer.__class__ = FusedPeftLinear
+            if type(layer) is Linear:
+                layer.__class__ = FusedPeftLinear
             layer._peft_kernels = Site(name, calls)
     return report
 
 
 def restore(model: nn.Module) -> int:
     """See `peft_kernels.restore`."""
-    layers = [layer for layer in _tuner_layers(model).values() if type(layer) is FusedPeftLinear]
-    for layer in layers:
+    layers = {n: layer for n, layer in _tuner_layers(model, "restore").items() if isinstance(layer, FusedPeftLinear)}
+    for name, layer in layers.items():
+        if type(layer) is not FusedPeftLinear:
+            raise RuntimeError(
+                f"restore: {name} has become a {_full_name(layer)} since; restore before fully_shard or the like. "
+                "The model is unchanged"
+            )
+    for layer in layers.values():
         layer.__class__ = Linear
         layer.__dict__.pop("_peft_kernels", None)
         # accelerate's hooks keep the method that they replaced.

@@ -147,7 +147,11 @@ def twin(model: nn.Module) -> nn.Module:
     return copied
 
 
-def assert_close(model: nn.Module, stock: nn.Module, batch, tolerance: float = 2e-6) -> None:
+# Two float32 results may differ by some hundred roundings through a model; in float64 the formula itself is compared.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-11}
+
+
+def assert_close(model: nn.Module, stock: nn.Module, batch) -> None:
     """Outputs and every gradient of two models are equal up to rounding: relative Frobenius error, per tensor."""
     (value, grads), (expected, expected_grads) = gradients(model, batch), gradients(stock, batch)
     assert grads.keys() == expected_grads.keys()
@@ -158,4 +162,4 @@ def assert_close(model: nn.Module, stock: nn.Module, batch, tolerance: float = 2
         norm = float(truth.double().norm())
         assert norm > 0, name
         error = float((tensor.double() - truth.double()).norm()) / norm
-        assert error <= tolerance, f"{name}: {error:.2e}"
+        assert error <= TOLERANCES[value.dtype], f"{name}: {error:.2e}"

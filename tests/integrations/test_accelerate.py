@@ -20,9 +20,10 @@ from tests.integrations.models import Toy, adapted, assert_close, bert, features
 LAYERS = {llama: 14, gpt2: 8, bert: 13}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("make", [llama, gpt2, bert], ids=lambda make: make.__name__)
-def test_model_equals_peft_in_loss_and_every_gradient(make, fused):
-    model = transformer(make)
+def test_model_equals_peft_in_loss_and_every_gradient(make, dtype, fused):
+    model = transformer(make).to(dtype)
     stock = models.twin(model)
     report = accelerate(model)
     layers = sum(isinstance(module, FusedPeftLinear) for module in model.modules())
@@ -59,7 +60,7 @@ def test_configurations(config, fused):
 
 @pytest.mark.parametrize("make", [llama, gpt2], ids=lambda make: make.__name__)
 def test_unfrozen_base_weights_get_gradients_too(make, fused):
-    model = transformer(make)
+    model = transformer(make).double()
     model.requires_grad_(True)
     stock = models.twin(model)
     accelerate(model)
