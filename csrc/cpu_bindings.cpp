@@ -1,0 +1,108 @@
+// The Python module peft_kernels._cpu: pointers come as integers, sizes and strides in elements.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu_kernels.h"
+#include "isa.h"
+#include "numeric.h"
+#include "philox.h"
+
+namespace py = pybind11;
+using namespace peft_kernels;
+
+namespace peft_kernels {
+
+namespace {
+int isa_in_force = -1;
+}
+
+int current_isa() { return isa_in_force; }
+void set_isa(int isa) { isa_in_force = isa; }
+
+}  // namespace peft_kernels
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = __VERSION__;  // begins with "Clang"
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+Dropout dropout(uintptr_t seed, uint32_t threshold, double scale) {
+  return {static_cast<const int64_t*>(pointer(seed)), threshold, scale};
+}
+
+void choose_isa(const std::string& name) {
+  for (int isa = kPortable; isa <= kAvx512; ++isa) {
+    if (name != kIsaNames[isa]) continue;
+    if (!isa_supported(isa)) throw std::invalid_argument("this processor does not run " + name + " code");
+    return set_isa(isa);
+  }
+  throw std::invalid_argument("unknown vector width " + name + "; expected portable, avx2 or avx512");
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = kCompiler;
+  py::list widths;
+  for (int isa = kPortable; isa <= kAvx512; ++isa)
+    if (isa_supported(isa)) widths.append(kIsaNames[isa]);
+  info["vector_widths"] = widths;
+  info["vector_width"] = kIsaNames[current_isa()];
+  return info;
+}
+
+py::tuple philox(int64_t seed, int64_t counter) {
+  const PhiloxWords words = philox4x32(static_cast<uint64_t>(seed), static_cast<uint64_t>(counter));
+  return py::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
+}
+
+// Arguments are plain numbers: pybind11 converts each in about 20 ns, a tuple of them in several hundred.
+
+void philox_dropout_call(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t rows, int64_t columns,
+                         int64_t row_offset, int dtype, uintptr_t seed, uint32_t threshold, double scale, int threads) {
+  philox_dropout({pointer(x), x_stride, dtype}, pointer(out), rows, columns, row_offset, dropout(seed, threshold, scale),
+                 threads);
+}
+
+void lora_forward_call(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t x,
+                       int64_t x_stride, uintptr_t y, uintptr_t s, uintptr_t lora_A, int64_t A_stride, uintptr_t lora_B,
+                       int64_t B_stride, double scaling, uintptr_t seed, uint32_t threshold, double scale,
+                       int threads) {
+  lora_forward({m, n, k, r}, {pointer(x), x_stride, dtype}, {pointer(y), n, dtype}, {pointer(s), r, dtype},
+               {pointer(lora_A), A_stride, adapter_dtype}, {pointer(lora_B), B_stride, adapter_dtype}, scaling,
+               dropout(seed, threshold, scale), threads);
+}
+
+void lora_backward_call(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t grad_y,
+                        int64_t grad_y_stride, uintptr_t x, int64_t x_stride, uintptr_t s, int64_t s_stride,
+                        uintptr_t lora_A, int64_t A_stride, uintptr_t lora_B, int64_t B_stride, double scaling,
+                        uintptr_t seed, uint32_t threshold, double scale, uintptr_t grad_x, uintptr_t grad_A,
+                        uintptr_t grad_B, int threads) {
+  lora_backward({m, n, k, r}, {pointer(grad_y), grad_y_stride, dtype}, {pointer(x), x_stride, dtype},
+                {pointer(s), s_stride, dtype}, {pointer(lora_A), A_stride, adapter_dtype},
+                {pointer(lora_B), B_stride, adapter_dtype}, scaling, dropout(seed, threshold, scale),
+                {pointer(grad_x), k, dtype}, {pointer(grad_A), k, adapter_dtype}, {pointer(grad_B), r, adapter_dtype},
+                threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  set_isa(widest_isa());
+  m.def("build_info", &build_info);
+  m.def("set_vector_width", &choose_isa);
+  m.def("philox4x32", &philox);
+  m.def("bfloat16_from_float", &bfloat16_from_float);
+  m.def("float16_from_float", &float16_from_float);
+  m.def("float_from_float16", &float_from_float16);
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("philox_dropout", &philox_dropout_call, unlocked);
+  m.def("lora_forward", &lora_forward_call, unlocked);
+  m.def("lora_backward", &lora_backward_call, unlocked);
+}

@@ -1,0 +1,97 @@
+"""`lora_linear` on a CPU: the base matmuls stay in PyTorch, the low-rank half runs in csrc/lora_linear.cpp.
+
+What the low-rank half costs, forward and backward, as a part of what the `composed` form of it costs (one thread of an
+AVX2 server, PyTorch 2.13 with MKL; the base matmuls are the same in both and not counted):
+
+    M x K x N               r     float32   float32, dropout 0.1   16-bit, p = 0 / 0.1
+    512 x 1024 x 1024       2     0.29      0.33
+    512 x 1024 x 1024       8     0.41      0.39
+    512 x 1024 x 1024      16     0.86      0.55                   0.08 / 0.10
+    2000 x 384 x 384       16     1.10      0.87
+    500 x 384 x 1536       16     0.94      0.74
+    512 x 1024 x 1024      32     1.01      0.77
+    512 x 1024 x 1024      64     1.13      0.92
+    512 x 1024 x 1024     128     1.79      1.31
+    64 x 384 x 384          8     0.66      0.33
+    4 x 384 x 384           8     1.22      0.27
+
+MKL's products are slow where one side is below 16 and at its peak from 16 on; dropout in registers always saves passes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_kernels import _native
+from peft_kernels.checks import MAX_RANK
+from peft_kernels.kernels.composed import lora_linear as composed
+from peft_kernels.kernels.cpu.philox_dropout import dropout_arguments, row_major
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(problem) -> str | None:
+    if problem.device != "cpu":
+        return f"for CPU tensors; x is on {problem.device}"
+    if problem.dtype not in DTYPES or problem.adapter_dtype not in DTYPES:
+        return f"no {problem.dtype} with adapters in {problem.adapter_dtype}"
+    if problem.m == 0 or problem.n == 0 or problem.k == 0:
+        return "nothing to compute"
+    if problem.r > MAX_RANK:
+        return f"rank {problem.r} is above {MAX_RANK}"
+    return _native.why_not("_cpu")
+
+
+def unproven(problem) -> str | None:
+    if problem.r > 64:
+        return "PyTorch's matmuls are faster above rank 64"
+    if problem.dropout:
+        return None
+    if problem.m < 16:
+        return "PyTorch's matmuls are as fast below 16 rows without dropout"
+    if problem.r >= 16 and problem.dtype == torch.float32:
+        return "PyTorch's matmuls are as fast in float32 from rank 16 without dropout"
+    return None
+
+
+def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    y = F.linear(x, weight, bias)
+    x, a, b = row_major(x), row_major(lora_A), row_major(lora_B)
+    (m, k), (n, r) = x.shape, b.shape
+    s = x.new_empty(m, r)
+    _native.load("_cpu").lora_forward(
+        m, n, k, r, _native.DTYPES[x.dtype], _native.DTYPES[a.dtype], x.data_ptr(), x.stride(0), y.data_ptr(),
+        s.data_ptr(), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), scaling,
+        *dropout_arguments(dropout_p, seed), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, s
+
+
+def _place(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
+def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
+    need_x, need_weight, need_bias, need_a, need_b = needs
+    _, grad_weight, grad_bias, _, _ = composed.backward(
+        grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, (False, need_weight, need_bias, False, False)
+    )
+    grad_x = torch.mm(grad_y, weight) if need_x else None
+    grad_a = torch.empty(lora_A.shape, dtype=lora_A.dtype) if need_a else None
+    grad_b = torch.empty(lora_B.shape, dtype=lora_B.dtype) if need_b else None
+    grads = (grad_x, grad_weight, grad_bias, grad_a, grad_b)
+    if not (need_x or need_a or need_b):
+        return grads
+    # What a wanted gradient does not read may be None: csrc takes a null pointer for it.
+    grad_y, a, b = row_major(grad_y), row_major(lora_A), row_major(lora_B)
+    x = row_major(x) if need_a else None
+    s = row_major(s) if need_b else None
+    (m, n), (r, k) = grad_y.shape, a.shape
+    _native.load("_cpu").lora_backward(
+        m, n, k, r, _native.DTYPES[grad_y.dtype], _native.DTYPES[a.dtype], *_place(grad_y), *_place(x), *_place(s),
+        *_place(a), *_place(b), scaling, *dropout_arguments(dropout_p, seed), _place(grad_x)[0], _place(grad_a)[0],
+        _place(grad_b)[0], torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
