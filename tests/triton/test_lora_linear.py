@@ -1,0 +1,243 @@
+"""`lora_linear` in the Triton kernels: as accurate as PyTorch's own composition, at any shape and layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+import torch
+
+from peft_kernels import explain, functional, tuning, use_backend
+from peft_kernels.kernels.reference import philox_dropout
+from peft_kernels.kernels.triton import _launch
+from tests.helpers import LoraProblem, assert_as_accurate_as_eager, assert_within_rounding
+
+F16, F32 = torch.float16, torch.float32
+DTYPES = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
+ROWS = (0, 1, 17, 70)
+RANKS = (1, 3, 8, 24, 64, 96)
+SIZES = (1, 7, 40, 67, 101)
+
+
+def _grid() -> list[tuple]:
+    chance = random.Random(7)
+    cases = [(m, chance.choice(SIZES), chance.choice(SIZES), r) for m, r in itertools.product(ROWS, RANKS)]
+    return [(*case, chance.random() < 0.5, chance.choice((0.0, 0.4))) for case in cases]
+
+
+@pytest.fixture(params=["sm_80", "sm_90"])
+def arch(request, monkeypatch) -> str:
+    """The configurations of this architecture, which the interpreter runs as well as any others."""
+    monkeypatch.setattr(_launch, "architecture", lambda device: request.param)
+    return request.param
+
+
+@DTYPES
+@pytest.mark.parametrize("case", _grid(), ids=lambda c: f"m{c[0]}-k{c[1]}-n{c[2]}-r{c[3]}-bias{c[4]:d}-p{c[5]}")
+def test_awkward_shapes(case, dtype):
+    m, k, n, r, bias, dropout_p = case
+    problem = LoraProblem(m, k, n, r, dtype=dtype, bias=bias, dropout_p=dropout_p)
+    assert_within_rounding(problem, problem.run())
+
+
+@pytest.mark.parametrize(("m", "r", "dropout_p"), [(300, 16, 0.0), (300, 16, 0.25), (70, 160, 0.25)])
+def test_several_tiles_and_splits_of_each_architecture(arch, m, r, dropout_p):
+    problem = LoraProblem(m, 300, 290, r, dtype=F16, dropout_p=dropout_p)
+    assert_as_accurate_as_eager(problem, problem.run())
+
+
+def test_large_rank():
+    problem = LoraProblem(9, 40, 24, 512, dtype=F16, dropout_p=0.3)
+    assert_as_accurate_as_eager(problem, problem.run())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_float32_adapters_over_a_float16_layer(dropout_p):
+    problem = LoraProblem(37, 65, 50, 12, dtype=F16, adapter_dtype=F32, dropout_p=dropout_p)
+    y, grads = problem.run()
+    assert grads["lora_A"].dtype == grads["lora_B"].dtype == F32
+    assert_as_accurate_as_eager(problem, (y, grads))
+
+
+def test_batch_dimensions():
+    problem = LoraProblem((2, 3, 7), 33, 20, 4, dropout_p=0.2)
+    assert_as_accurate_as_eager(problem, problem.run())
+
+
+def _every_second(tensor: torch.Tensor) -> torch.Tensor:
+    wide = torch.full((tensor.shape[0] * 2, tensor.shape[1] * 2), float("nan"), dtype=tensor.dtype)
+    wide[::2, ::2] = tensor
+    return wide[::2, ::2]
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "every second row and column": _every_second,
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "grad_y"])
+def test_strides(name, layout, dtype):
+    problem = LoraProblem(19, 33, 26, 5, dtype=dtype, dropout_p=0.3)
+    expected_y, expected = problem.run()
+    changes = {}
+    if name == "grad_y":
+        problem.grad_y = LAYOUTS[layout](problem.grad_y)
+    else:
+        changes[name] = LAYOUTS[layout](problem.tensors[name].detach()).requires_grad_()
+    y, grads = problem.run(**changes)
+    assert torch.equal(y, expected_y)
+    for gradient in ("x", "lora_A", "lora_B"):  # the other two are PyTorch's, whose order of additions follows strides
+        assert torch.equal(grads[gradient], expected[gradient]), gradient
+
+
+def test_expanded_grad():
+    """`.sum().backward()` sends a gradient with strides (0, 0)."""
+    problem = LoraProblem(19, 33, 26, 5, dtype=F16)
+    problem.grad_y = torch.ones(1, 1, dtype=F16).expand(19, 26)
+    assert problem.grad_y.stride() == (0, 0)
+    assert_as_accurate_as_eager(problem, problem.run())
+
+
+def _in_poison(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in the middle of a buffer of NaN, rows padded too."""
+    rows, columns = tensor.shape
+    buffer = torch.full((rows + 2, columns + 24), float("nan"), dtype=tensor.dtype)
+    buffer[1:-1, 16 : 16 + columns] = tensor
+    return buffer[1:-1, 16 : 16 + columns]
+
+
+@DTYPES
+@pytest.mark.parametrize("r", [3, 40])
+def test_nothing_beyond_the_tails_is_read(r, dtype):
+    problem = LoraProblem(21, 35, 37, r, dtype=dtype, dropout_p=0.3)
+    expected_y, expected = problem.run()
+    poisoned = {
+        name: _in_poison(problem.tensors[name].detach()).requires_grad_()
+        for name in ("x", "weight", "lora_A", "lora_B")
+    }
+    problem.grad_y = _in_poison(problem.grad_y)
+    y, grads = problem.run(**poisoned)
+    assert torch.equal(y, expected_y)
+    for name in ("x", "lora_A", "lora_B"):
+        assert torch.equal(grads[name], expected[name]), name
+
+
+def test_nan_and_infinity_stay_in_their_row():
+    problem = LoraProblem(20, 33, 26, 5)
+    x = problem.tensors["x"].detach().clone()
+    x[3, 5], x[9, 0] = float("nan"), float("inf")
+    y, _ = problem.run(x=x.requires_grad_())
+    clean, _ = problem.run()
+    bad = torch.zeros(20, dtype=torch.bool)
+    bad[[3, 9]] = True
+    assert torch.equal(y[~bad], clean[~bad])
+    assert not y[bad].isfinite().any()
+
+
+def test_the_same_bits_run_to_run():
+    problem = LoraProblem(140, 200, 150, 8, dtype=F16, dropout_p=0.2)
+    (y, grads), (y_again, grads_again) = problem.run(), problem.run()
+    assert torch.equal(y, y_again)
+    for name in grads:
+        assert torch.equal(grads[name], grads_again[name]), name
+
+
+def _wanted(problem: LoraProblem, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    changes = {n: t if t is None else t.detach().requires_grad_(n in names) for n, t in problem.tensors.items()}
+    return problem.run(**changes)[1]
+
+
+def test_only_what_is_wanted_is_computed():
+    problem = LoraProblem(30, 41, 35, 6, dropout_p=0.3)
+    names = tuple(problem.tensors)
+    _, everything = problem.run()
+    for count in (1, 2):
+        for wanted in itertools.combinations(names, count):
+            grads = _wanted(problem, wanted)
+            assert set(grads) == set(wanted)
+            for name, grad in grads.items():
+                torch.testing.assert_close(grad, everything[name], rtol=1e-5, atol=1e-5)
+
+
+def test_two_passes_over_grad_y_where_partials_would_not_fit(monkeypatch):
+    """The way without scratch memory gives the gradients of the one with it."""
+    problem = LoraProblem(150, 40, 70, 8, dtype=F16)
+    _, one_pass = problem.run()
+    choose, asked = tuning.config, []
+
+    def without_scratch(arch, kernel, *arguments, **sizes):
+        asked.append(kernel)
+        config = choose(arch, kernel, *arguments, **sizes)
+        return dataclasses.replace(config, scratch_mib=0) if kernel == "grad_s_b" else config
+
+    monkeypatch.setattr(tuning, "config", without_scratch)
+    result = problem.run()
+    assert asked.count("sum_over_rows") == 2
+    assert_as_accurate_as_eager(problem, result)
+    torch.testing.assert_close(result[1]["lora_B"], one_pass["lora_B"], rtol=2e-3, atol=2e-3)
+
+
+# The mask, bit for bit: products with 0 and 1 are exact, so that each kernel shows the mask itself.
+
+
+@DTYPES
+@pytest.mark.parametrize(("m", "k"), [(20, 33), (70, 96)])
+def test_mask_of_the_down_projection(arch, m, k, dtype):
+    from peft_kernels.kernels.triton._down_projection import down_projection
+
+    x, seed = torch.randn(m, k).to(dtype), torch.tensor([-987654321012345])
+    s = down_projection(x, torch.eye(k, dtype=dtype), 0.3, seed)
+    assert torch.equal(s, philox_dropout.forward(x, 0.3, seed))
+
+
+@DTYPES
+@pytest.mark.parametrize(("m", "k"), [(20, 33), (70, 160)])
+def test_mask_of_dx(arch, m, k, dtype):
+    from peft_kernels.kernels.triton._extended_gemm import extended_gemm
+
+    seed = torch.tensor([2**62 + 3])
+    no_base = torch.zeros(m, 8, dtype=dtype), torch.zeros(8, k, dtype=dtype)
+    ones = torch.ones(m, 1, dtype=dtype), torch.ones(1, k, dtype=dtype)
+    grad_x = extended_gemm(*no_base, *ones, 1.0, None, 0.3, seed)
+    assert torch.equal(grad_x, philox_dropout.forward(torch.ones(m, k, dtype=dtype), 0.3, seed))
+
+
+@DTYPES
+@pytest.mark.parametrize(("m", "k"), [(20, 33), (90, 160)])
+def test_mask_of_da(arch, m, k, dtype):
+    from peft_kernels.kernels.triton._sum_over_rows import sum_over_rows
+
+    x, seed = torch.randn(m, k).to(dtype), torch.tensor([42])
+    grad_a = sum_over_rows(torch.eye(m, dtype=dtype), x, 1.0, dtype, 0.3, seed)
+    assert torch.equal(grad_a, philox_dropout.forward(x, 0.3, seed))
+
+
+def test_everything_dropped():
+    problem = LoraProblem(20, 33, 26, 5, dropout_p=1.0)
+    y, grads = problem.run()
+    t = problem.tensors
+    torch.testing.assert_close(y, torch.nn.functional.linear(t["x"], t["weight"], t["bias"]).detach())
+    assert grads["lora_A"].eq(0).all()
+    assert grads["lora_B"].eq(0).all()
+
+
+def test_unsupported_says_why():
+    problem = LoraProblem(4, 8, 8, 2, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="interpreter rounds to bfloat16 wrongly"):
+        problem.run()
+    with pytest.raises(RuntimeError, match="float64 runs in PyTorch"):
+        LoraProblem(4, 8, 8, 2, dtype=torch.float64).run()
+
+
+def test_the_interpreter_is_never_chosen_by_itself():
+    t = LoraProblem(4, 8, 8, 2).tensors
+    with use_backend(None):
+        choice = explain("lora_linear", t["x"], t["weight"], t["lora_A"], t["lora_B"])
+        assert ("triton", _launch.INTERPRETER_IS_FOR_TESTS) in choice.rejected
+        y = functional.lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"])
+    assert y.shape == (4, 8)

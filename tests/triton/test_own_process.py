@@ -1,0 +1,27 @@
+"""Runs the other tests of this folder in a process where Triton interprets its kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# Large enough for a slow machine: about a minute on one core.
+SECONDS = 280
+
+
+def test_the_kernels_in_the_interpreter():
+    here = Path(__file__).parent
+    root = here.parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    # A worker of pytest-xdist would pass its own identity on.
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
