@@ -133,10 +133,10 @@ def checked_settings(where: str, **fields) -> LoraSettings:
     for key in ("use_rslora", "fan_in_fan_out"):
         if not isinstance(fields.get(key, False), bool):
             raise TypeError(f"{where}: {key} is {short(fields[key])}; expected true or false")
-    _check_rank(where, "r", fields["r"])
+    check_rank(where, "r", fields["r"])
     _check_alpha(where, "lora_alpha", fields["lora_alpha"])
     check_probability(where, "lora_dropout", fields.get("lora_dropout", 0.0))
-    for key, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+    for key, check in (("rank_pattern", check_rank), ("alpha_pattern", _check_alpha)):
         _check_patterns(where, key, fields.get(key, {}), check)
     _set_layer_numbers(where, fields)
     return LoraSettings(**fields)
@@ -249,12 +249,6 @@ def _check_patterns(where: str, key: str, patterns: object, check) -> None:
     for pattern, value in patterns.items():
         _check_expression(where, key, rf"(.*\.)?({pattern})$")
         check(where, f"{key}[{short(pattern)}]", value)
-
-
-def _check_rank(where: str, name: str, r: object) -> None:
-    if type(r) is not int:
-        raise TypeError(f"{where}: {name} is {short(r)}; expected an integer")
-    check_rank(where, name, r)
 
 
 def _check_alpha(where: str, name: str, alpha) -> None:
