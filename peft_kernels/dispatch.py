@@ -16,10 +16,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
+
+logger = logging.getLogger("peft_kernels")
 
 BACKENDS = ("reference", "composed", "triton", "cuda", "cpu")
 
@@ -73,12 +76,20 @@ def _implementation(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"peft_kernels.kernels.{backend}.{op}")
 
 
+@functools.cache
+def _warn_once(op: str, backend: str, error: str) -> None:
+    logger.warning("%s: the implementation %r breaks when imported and is passed over: %s", op, backend, error)
+
+
 def objection(op: str, backend: str, problem: Any, *, forced: bool = False) -> str | None:
     """Why `backend` is not to be used for `problem`, or None. With `forced`, only what it cannot compute counts."""
     try:
         module = implementation(op, backend)
     except ImportError as error:
         return f"not importable: {error}"
+    except Exception as error:  # another Triton, a stale extension: the other implementations still run
+        _warn_once(op, backend, f"{type(error).__name__}: {error}")
+        return f"breaks when imported: {type(error).__name__}: {error}"
     reason = module.unsupported(problem)
     if reason is None and not forced and hasattr(module, "unproven"):
         reason = module.unproven(problem)
