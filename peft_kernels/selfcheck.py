@@ -8,7 +8,7 @@ also be the same bits when computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -33,7 +33,7 @@ class Case:
     op: str
     label: str
     tensors: dict[str, Tensor]
-    options: dict[str, object]
+    options: Mapping[str, object]
     eager: Callable[[dict[str, Tensor]], Tensor] = field(repr=False)
     grads: tuple[str, ...] = ()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 
 import peft_kernels
-from peft_kernels import selfcheck
+from peft_kernels import _native, selfcheck
 from peft_kernels._table import table
 from peft_kernels.cli.errors import UsageError
 
@@ -79,7 +77,7 @@ def environment() -> dict[str, str]:
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "no nvidia-smi",
         "nvcc": _nvcc(),
     }
-    facts |= {f"csrc {name}": state for name, state in _extensions().items()}
+    facts |= {f"csrc {status.part}": _extension(status) for status in _native.status()}
     facts |= {name: _version(name) for name in LIBRARIES}
     forced = os.environ.get(peft_kernels.dispatch.BACKEND_VARIABLE)
     return facts | ({peft_kernels.dispatch.BACKEND_VARIABLE: forced} if forced else {})
@@ -105,11 +103,10 @@ def _nvcc() -> str:
     return f"{release.strip()} ({path})" if release else f"{path} does not answer"
 
 
-def _extensions() -> dict[str, str]:
-    """The compiled parts: loaded, or why not."""
-    if importlib.util.find_spec("peft_kernels._native") is None:
-        return {"": "not part of this installation"}
-    return importlib.import_module("peft_kernels._native").status()
+def _extension(status: _native.Status) -> str:
+    if status.info is None:
+        return status.reason or "not loaded"
+    return "loaded: " + ", ".join(f"{key} {value}" for key, value in status.info.items())
 
 
 def _version(distribution: str) -> str:

@@ -9,7 +9,7 @@ from peft_kernels.cli.finetune.data import CAUSAL_LM, EMBEDDING
 
 SUMMARY = "fine-tune a pretrained model with fused LoRA layers and show what it brought"
 
-PACKAGES = {"transformers": "transformers", "peft": "peft", "tqdm": "tqdm", "matplotlib": "matplotlib", "rich": "rich"}
+PACKAGES = {"transformers": "transformers", "tqdm": "tqdm", "matplotlib": "matplotlib", "rich": "rich"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         UsageError: an option does not fit the machine, the model or the data.
         CommandError: the training failed.
     """
-    require_packages("finetune", PACKAGES, extra="demo")
+    require_packages("finetune", PACKAGES | ({"peft": "peft"} if options.compare else {}), extra="demo")
     # Imported only now: base installations lack these packages, and the other commands do not need them.
     from peft_kernels.cli.finetune.job import run_job
 

@@ -18,7 +18,7 @@ EVALUATION_BATCH = 16
 class CausalLMTask:
     """Next-token cross entropy; of a (prompt, completion) only the completion's tokens count."""
 
-    metrics = ("held_out_loss", "perplexity")
+    metrics: tuple[str, ...] = ("held_out_loss", "perplexity")
     peft_task_type = "CAUSAL_LM"
 
     def __init__(self, tokenizer, device: torch.device, max_length: int) -> None:
@@ -55,7 +55,6 @@ class CausalLMTask:
         return model(**batch).loss
 
     def count_tokens(self, batch) -> int:
-        """Rows of x that a linear layer of the model sees at once."""
         return batch["input_ids"].numel()
 
     @torch.no_grad()

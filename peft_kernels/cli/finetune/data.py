@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,16 +50,16 @@ def load_examples(task: str, file: str | None) -> Split:
     return split(read_jsonl(Path(file), FIELDS[task]), file)
 
 
-def split(examples: list[Example], source: str) -> Split:
+def split(examples: Sequence[Example], source: str) -> Split:
     """Holds out a quarter, at most 1,000, and drops from training whatever shares a text with a held-out example."""
-    examples = list(dict.fromkeys(examples))
-    random.Random(SPLIT_SEED).shuffle(examples)
-    held_out = examples[: min(MAX_HELD_OUT, len(examples) // 4)]
+    distinct = list(dict.fromkeys(examples))
+    random.Random(SPLIT_SEED).shuffle(distinct)
+    held_out = distinct[: min(MAX_HELD_OUT, len(distinct) // 4)]
     known = {text for example in held_out for text in example}
-    train = [example for example in examples[len(held_out) :] if not known.intersection(example)]
+    train = [example for example in distinct[len(held_out) :] if not known.intersection(example)]
     if len(held_out) < 2 or len(train) < 2:
         raise UsageError(
-            f"{source}: {len(examples)} different examples leave {len(train)} for training and {len(held_out)} "
+            f"{source}: {len(distinct)} different examples leave {len(train)} for training and {len(held_out)} "
             "held out; at least 2 of each are needed"
         )
     return Split(train, held_out, source)

@@ -79,7 +79,7 @@ def _documented(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
     for node in body:
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or not _is_public(node.name):
             continue
-        text = (ast.get_docstring(node) or "").strip()
+        text = (ast.get_docstring(node, clean=False) or "").strip()
         line = text.splitlines()[0].strip() if text else ""
         if len(line) > MIN_LENGTH:
             yield prefix + node.name, line

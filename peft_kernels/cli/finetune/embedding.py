@@ -21,7 +21,7 @@ class EmbeddingTask:
     loss = cross_entropy(20 · cos(q_i, p_j), i): each query is to find its own positive among those of the batch.
     """
 
-    metrics = ("recall",)
+    metrics: tuple[str, ...] = ("recall",)
     peft_task_type = "FEATURE_EXTRACTION"
 
     def __init__(self, tokenizer, device: torch.device, max_length: int) -> None:
@@ -43,7 +43,6 @@ class EmbeddingTask:
         return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
     def count_tokens(self, batch) -> int:
-        """Rows of x that a linear layer of the model sees at once, of the larger half."""
         return max(half["input_ids"].numel() for half in batch)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -99,17 +100,21 @@ def _train_with_bar(options: argparse.Namespace, lanes: Sequence[Lane], data: Sp
     from tqdm import tqdm
 
     batches = draw_batches(data.train, options.batch_size, options.seed)
-    with tqdm(total=options.steps, unit="step", desc="training", disable=None) as bar:
+    # Into a log rather than onto a screen, a line now and then is enough.
+    interval = 0.1 if sys.stderr.isatty() else 20
+    with tqdm(total=options.steps, unit="step", mininterval=interval, dynamic_ncols=True) as bar:
         return train(lanes, batches, data.held_out, options.steps, _update(bar))
 
 
-def _update(bar) -> Callable[[Sequence[Lane]], None]:
-    def update(lanes: Sequence[Lane]) -> None:
-        figures = {"loss": f"{lanes[0].losses[-1]:.4f}", "step": f"{lanes[0].seconds[-1]:.3f}s"}
-        if len(lanes) == 2:
-            figures |= {"PEFT loss": f"{lanes[1].losses[-1]:.4f}", "PEFT step": f"{lanes[1].seconds[-1]:.3f}s"}
+def _update(bar) -> Callable[[Sequence[Lane], str], None]:
+    def update(lanes: Sequence[Lane], activity: str) -> None:
+        figures: dict[str, str] = {}
+        for lane, prefix in zip(lanes, ("", "PEFT "), strict=False):
+            if lane.losses:
+                figures |= {f"{prefix}loss": f"{lane.losses[-1]:.4f}", f"{prefix}step": f"{lane.seconds[-1]:.3f}s"}
+        bar.set_description(activity, refresh=False)
         bar.set_postfix(figures, refresh=False)
-        bar.update()
+        bar.update(len(lanes[0].losses) - bar.n)
 
     return update
 
@@ -132,7 +137,8 @@ def _save(options: argparse.Namespace, lanes: Sequence[Lane], data: Split, outpu
         "seed": options.seed,
     }
     figures = report.build(lanes, backends, facts)
-    title = f"{ours.model.config.model_type}, LoRA r={options.r}: {data.source}"
+    config: Any = ours.model.config
+    title = f"{config.model_type}, LoRA r={options.r}: {data.source}"
     save_plot(output / PLOT, lanes, ours.task.metrics[0], title)
     if options.json:
         report.write_json(Path(options.json), figures)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def bundled_encoder() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def load_model(name: str | None, task: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, object]:
+def load_model(name: str | None, task: str, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
     """A pretrained model in evaluation mode with its own dropout off, and its tokenizer.
 
     Dropout inside the base model would draw differently in two models and hide whether their losses agree.
@@ -68,7 +69,7 @@ def load_model(name: str | None, task: str, dtype: torch.dtype, device: torch.de
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
         _turn_dropout_off(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model = auto_class.from_pretrained(name, config=config, dtype=dtype, local_files_only=local)
+        model: Any = auto_class.from_pretrained(name, config=config, dtype=dtype, local_files_only=local)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"--model {name}: {reason}") from error
@@ -125,7 +126,7 @@ def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
 
 
 @torch.no_grad()
-def copy_adapters(ours: nn.Module, peft_model: nn.Module) -> None:
+def copy_adapters(ours: nn.Module, peft_model: Any) -> None:
     """Gives PEFT's adapters the values of ours, so that both trainings start at the same point.
 
     Raises:

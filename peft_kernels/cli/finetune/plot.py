@@ -44,5 +44,12 @@ def save_plot(path: Path, lanes: Sequence[Lane], metric: str, title: str) -> Non
 
 
 def _label_ends(axes, steps: list[int], values: list[float]) -> None:
-    for step, value in {steps[0]: values[0], steps[-1]: values[-1]}.items() if steps else ():
-        axes.annotate(f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=9)
+    """Writes the first and the last value on the side that the curve leaves free."""
+    if not steps:
+        return
+    rising = values[-1] >= values[0]
+    for index, above in {0: not rising, len(steps) - 1: rising}.items():
+        axes.annotate(
+            f"{values[index]:.3f}", (steps[index], values[index]), textcoords="offset points",
+            xytext=(0, 9 if above else -18), ha="center", fontsize=9,
+        )  # fmt: skip

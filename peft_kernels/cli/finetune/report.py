@@ -22,7 +22,7 @@ LABELS = {"recall": "recall@1", "held_out_loss": "held-out loss", "perplexity": 
 
 def backends_used(model: nn.Module, rows: int) -> str:
     """The implementations that `explain` names for the model's layers at `rows` rows of x, joined by commas."""
-    names = {}
+    names: dict[str, None] = {}
     for layer in fused_layers(model).values():
         x = layer.weight.new_empty(1).expand(rows, layer.in_features)
         choice = peft_kernels.explain(

@@ -17,6 +17,7 @@ from torch import nn
 from peft_kernels.cli.errors import CommandError
 from peft_kernels.cli.finetune.data import Example
 from peft_kernels.cli.finetune.memory import Memory
+from peft_kernels.cli.finetune.task import Task
 
 EVALUATIONS = 4
 
@@ -27,7 +28,7 @@ class Lane:
 
     name: str
     model: nn.Module
-    task: object
+    task: Task
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -35,7 +36,7 @@ class Lane:
     memory: Memory = field(default_factory=Memory)
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, task, lr: float) -> Lane:
+    def of(cls, name: str, model: nn.Module, task: Task, lr: float) -> Lane:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return cls(name, model, task, torch.optim.AdamW(trained, lr=lr))
 
@@ -92,7 +93,7 @@ def train(
     batches: Iterator[list[Example]],
     held_out: Sequence[Example],
     steps: int,
-    progress: Callable[[Sequence[Lane]], None],
+    progress: Callable[[Sequence[Lane], str], None],
 ) -> bool:
     """Trains all lanes on the same batches, one step of each in turn.
 
@@ -104,7 +105,7 @@ def train(
         batches: from `draw_batches`.
         held_out: what to evaluate on.
         steps: number of steps.
-        progress: called after each step.
+        progress: called with the lanes and what is done next, "evaluating" or "training".
 
     Returns:
         Whether all steps were made: False after Ctrl-C, which lets the current step end (a second one does not).
@@ -117,15 +118,16 @@ def train(
         with _deferred_interrupt() as interrupted:
             for step in range(steps + 1):
                 if step in evaluated:
+                    progress(lanes, "evaluating")
                     for lane in lanes if step in (0, steps) else lanes[:1]:
                         lane.evaluate(held_out)
                 if step == steps or interrupted.is_set():
                     break
+                progress(lanes, "training")
                 batch = lanes[0].task.batch(next(batches))
                 for lane in lanes if step % 2 == 0 else reversed(lanes):
                     with lane.memory.measured(lane.model, lane.optimizer, lane.task.device):
                         lane.step(batch)
-                progress(lanes)
     except KeyboardInterrupt:
         return False
     return not interrupted.is_set()
