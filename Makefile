@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f -name '[!.]*')
+BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 # More workers than this only read the disk against one another.
 WORKERS ?= $(shell [ $(CORES) -lt 8 ] && echo $(CORES) || echo 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -65,6 +66,8 @@ def machine() -> dict[str, object]:
     """What the report says of the machine. The host's name stays out: results are published."""
     facts: dict[str, object] = {"device": device_name(), "cpu_threads": torch.get_num_threads(), "versions": versions()}
     facts["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    facts["cores"] = os.cpu_count()
+    facts["load_average"] = round(os.getloadavg()[1], 1)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         facts["driver"] = _driver()

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import provenance
 from peft_kernels._table import table
 
-HEADERS = ("peer", "median µs", "IQR µs", "x PEFT", "x frozen", "% of floor", "kept MiB", "note")
+HEADERS = ("peer", "median µs", "IQR µs", "x PEFT", "x frozen", "% of floor", "kept KiB", "note")
 Digest = Callable[[str, str], str]
 
 
@@ -38,7 +38,7 @@ class Row:
             self.peer, f"{self.stats['median'] * 1e6:.1f}", f"{self.stats['iqr'] * 1e6:.1f}",
             _ratio(self.info.get("ratio_to_peft")), _ratio(self.info.get("ratio_to_frozen")),
             f"{self.info['percent_of_floor']:.0f}" if "percent_of_floor" in self.info else None,
-            f"{self.info['saved_bytes'] / 2**20:.2f}", self._note(),
+            f"{self.info['saved_bytes'] / 2**10:.1f}", self._note(),
         )  # fmt: skip
 
     def _note(self) -> str:
@@ -64,6 +64,10 @@ class Run:
     machine: dict
     commit: dict
     rows: tuple[Row, ...]
+
+    def busy(self) -> bool:
+        """Whether other processes wanted the cores too: the benchmark alone loads each of them once at most."""
+        return self.machine["device"] == "cpu" and self.machine["load_average"] > self.machine["cores"] + 0.5
 
     def groups(self) -> dict[tuple[str, str], list[Row]]:
         """Rows by (problem, mode), in the file's order, fastest first."""
@@ -101,6 +105,11 @@ def render(run: Run) -> str:
     if run.commit.get("dirty"):
         facts.append("with uncommitted changes")
     parts = [f"## {run.name}", "; ".join(facts) + "."]
+    if run.busy():
+        parts.append(
+            f"**The machine was busy**: load average {run.machine['load_average']} on {run.machine['cores']} cores. "
+            "Only the ratios, taken pair by pair, mean anything."
+        )
     for (problem, mode), rows in run.groups().items():
         parts += [f"### {problem}, {mode}", table([row.cells() for row in rows], HEADERS, markdown=True)]
     return "\n\n".join(parts) + "\n"

@@ -231,7 +231,7 @@ def recorded(tmp_path, **info) -> Path:
     } | info  # fmt: skip
     stats = {"median": 1e-3, "iqr": 1e-5}
     content = {
-        "machine_info": {"device": "cpu", "versions": {"torch": "2.13.0"}},
+        "machine_info": {"device": "cpu", "versions": {"torch": "2.13.0"}, "cores": 2, "load_average": 1.5},
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "benchmarks": [{"stats": stats, "extra_info": facts}],
     }
@@ -247,11 +247,19 @@ def test_report_marks_what_has_changed_since(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "stale" not in text
     assert "1000.0" in text
+    assert "busy" not in text
     assert "0.75" in text
     path = recorded(tmp_path, digest="of another source")
     assert report.load(path).rows[0].stale
     assert report.main([str(path), "--output", str(tmp_path / "report.md")]) == 0
     assert "stale" in (tmp_path / "report.md").read_text()
+
+
+def test_report_says_that_the_machine_was_busy(tmp_path, capsys):
+    path = recorded(tmp_path)
+    path.write_text(path.read_text().replace('"load_average": 1.5', '"load_average": 9.5'))
+    assert report.main([str(path)]) == 0
+    assert "The machine was busy" in capsys.readouterr().out
 
 
 def test_foreign_peers_are_never_stale(tmp_path):
