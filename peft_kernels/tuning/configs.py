@@ -1,5 +1,4 @@
-"""What can be tuned about each kernel. Blocks are elements of a tile: M rows, N columns of the result, K summed, R
-rank."""
+"""What can be tuned about each kernel. Blocks are sizes of a tile: M rows, N columns, K summed, R rank."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Config:
-    """`num_warps` and `num_stages` are Triton's; `programs` is how many thread blocks a split reduction aims at."""
+    """`num_warps` and `num_stages` are Triton's; `programs` is how many thread blocks a split sum aims at."""
 
     num_warps: int
 
@@ -89,6 +88,7 @@ CONFIGS: dict[str, type[Config]] = {
     "splitk_reduce": SplitkReduce,
     "down_projection": DownProjection,
     "extended_gemm": ExtendedGemm,
+    "extended_gemm_tma": ExtendedGemm,
     "grad_s_b": GradSB,
     "sum_over_rows": SumOverRows,
 }

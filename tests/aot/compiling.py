@@ -51,6 +51,11 @@ class Machine:
         return self.count(r"\bLDGSTS\.[.\w]*128\b")
 
     @property
+    def bulk_copies(self) -> int:
+        """Copies of whole tiles by the TMA unit."""
+        return self.count(r"\bUTMALDG\b")
+
+    @property
     def instructions(self) -> int:
         return self.count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+\S")
 

@@ -3,6 +3,7 @@ here: no spills, shared memory within the limit, tensor cores, 16-byte copies.""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from peft_kernels import tuning
-from peft_kernels.kernels.triton import _launch, philox_dropout, splitk_reduce
+from peft_kernels.kernels.triton import _extended_gemm, _launch, philox_dropout, splitk_reduce
 from tests.aot.compiling import SHARED_MEMORY, compile_launches, disassemble
 
 if _launch.INTERPRETED:
@@ -44,22 +45,34 @@ class Case(NamedTuple):
         return f"{self.arch}-{self.kernel}-{self.form}-{dtype}-m{self.m}-r{self.r}{'-dropout' * self.dropout}"
 
 
-FORMS = {"down_projection": ("S",), "extended_gemm": ("y", "dX"), "grad_s_b": ("dS+dB",), "sum_over_rows": ("dA",)}
+FORMS = {
+    "down_projection": ("S",),
+    "extended_gemm": ("y", "dX"),
+    "extended_gemm_tma": ("y", "dX"),
+    "grad_s_b": ("dS+dB",),
+    "sum_over_rows": ("dA",),
+}
 
 
 def _cases() -> Iterator[Case]:
     for arch in ARCHITECTURES:
         for kernel, forms in FORMS.items():
-            for rule in tuning.rules(arch, kernel):
+            for rule, form in itertools.product(tuning.rules(arch, kernel), forms):
                 limits = dict(rule.limits)
                 dtype = getattr(torch, rule.dtype or "bfloat16")
-                dropouts = (False,) if kernel == "grad_s_b" else (False, True)
-                for dropout in dropouts:
-                    for form in forms:
-                        possible = rule.dropout in (None, dropout) and not (form == "y" and dropout)
-                        case = Case(kernel, arch, dtype, dropout, limits.get("m", 8192), limits.get("r", 128), form)
-                        if possible and _chosen(case) == rule.config:
-                            yield case
+                for dropout in _dropouts(arch, rule, form):
+                    case = Case(kernel, arch, dtype, dropout, limits.get("m", 8192), limits.get("r", 128), form)
+                    if _chosen(case) == rule.config:
+                        yield case
+
+
+def _dropouts(arch: str, rule: tuning.Rule, form: str) -> tuple[bool, ...]:
+    """The mask takes the most registers, so that a rule for both is compiled with it; without it too on sm_90."""
+    if form in ("y", "dS+dB"):
+        return () if rule.dropout or (form == "y" and rule.dtype == "float32") else (False,)
+    if rule.dropout is not None:
+        return (rule.dropout,)
+    return (False, True) if arch == "sm_90" and rule.dtype is None else (True,)
 
 
 def _chosen(case: Case):
@@ -94,6 +107,8 @@ def _launch_of(case: Case, n: int = N, k: int = K):
 
 
 def _compiled(monkeypatch, case: Case, **sizes: int):
+    if case.kernel == "extended_gemm":  # otherwise for operands that TMA cannot address
+        monkeypatch.setattr(_extended_gemm, "fits", lambda x, w: False)
     (kernel,) = compile_launches(monkeypatch, case.arch, _launch_of(case, **sizes))
     return disassemble(kernel)
 
@@ -112,7 +127,11 @@ def test_a_configuration_of_tuning(monkeypatch, case):
     assert machine.local_bytes == 0, f"{machine.local_bytes} bytes of registers spilled"
     assert machine.shared_bytes <= SHARED_MEMORY[case.arch]
     assert machine.tensor_core == _expected_tensor_core(case)
-    assert machine.wide_copies == machine.copies > 0, "global to shared memory not in 16-byte copies"
+    if case.kernel == "extended_gemm_tma":
+        assert machine.copies == 0
+        assert machine.bulk_copies >= 2, "global to shared memory not by TMA"
+    else:
+        assert machine.wide_copies == machine.copies > 0, "global to shared memory not in 16-byte copies"
 
 
 def test_every_rule_of_tuning_is_compiled():
@@ -125,7 +144,8 @@ def test_every_rule_of_tuning_is_compiled():
 @pytest.mark.parametrize("form", ["S", "y", "dX", "dS+dB", "dA", "dB"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
 def test_the_usual_rank(monkeypatch, form, dtype):
-    kernel = next((name for name, forms in FORMS.items() if form in forms), "sum_over_rows")
+    kernel = {"y": "extended_gemm_tma", "dX": "extended_gemm_tma", "dB": "sum_over_rows"}.get(form)
+    kernel = kernel or next(name for name, forms in FORMS.items() if form in forms)
     machine = _compiled(monkeypatch, Case(kernel, "sm_90", dtype, False, 8192, 16, form))
     assert machine.local_bytes == 0
     assert machine.tensor_core == ("HMMA" if kernel == "sum_over_rows" else "HGMMA")

@@ -6,7 +6,7 @@ float32: s b is not rounded) and the mask apply to it without a second accumulat
 
 Floor, M=8192, K=N=4096, r=16, bf16: 275 + 1.1 GFLOP = 349 us at 790 TFLOP/s (134 + 33 MB = 39 us at 4.3 TB/s). The
 low-rank step is not overlapped with the loads of the main loop: an estimated 1.5-2 thousand clocks a tile, 2-3 % at
-K=4096.
+K=4096. Two forms: pointers here, for any GPU, size and stride; TMA descriptors in `_extended_gemm_tma`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 from peft_kernels import tuning
 from peft_kernels.kernels.reference.philox_dropout import LANES, scale, threshold
 from peft_kernels.kernels.triton import _launch
-from peft_kernels.kernels.triton._philox import kept
+from peft_kernels.kernels.triton._extended_gemm_tma import _extended_gemm_tma, descriptors, fits
+from peft_kernels.kernels.triton._gemm_tile import finish, low_rank, tile_of
 
 
 def extended_gemm(
@@ -40,27 +41,24 @@ def extended_gemm(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    config = tuning.config(_launch.architecture(x.device), "extended_gemm", x.dtype, dropout=seed is not None, m=m, r=r)
+    arch, sizes = _launch.architecture(x.device), {"dropout": seed is not None, "m": m, "r": r}
+    config = tuning.config(arch, "extended_gemm_tma", x.dtype, **sizes) if fits(x, w) else None
+    if config is not None:
+        kernel, operands, strides = _extended_gemm_tma, descriptors(x, w, config), ()
+        options = {"W_TRANSPOSED": w.stride(0) == 1}
+    else:
+        config = tuning.config(arch, "extended_gemm", x.dtype, **sizes)
+        kernel, operands, strides = _extended_gemm, (x, w), (*x.stride(), *w.stride())
+        options = {"PRECISION": _launch.dot_precision(x.dtype)}
     grid = (_launch.blocks(m, config.block_m) * _launch.blocks(n, config.block_n),)
     _launch.launch(
-        _extended_gemm, grid, x.device,
-        x, w, s, b, bias, out, seed, m, n, k, r,
-        *x.stride(), *w.stride(), *s.stride(), *b.stride(), 0 if bias is None else bias.stride(0),
+        kernel, grid, x.device,
+        *operands, s, b, bias, out, seed, m, n, k, r, *strides,
+        *s.stride(), *b.stride(), 0 if bias is None else bias.stride(0),
         -(-n // LANES), threshold(dropout_p), scaling * scale(dropout_p),
-        PRECISION=_launch.dot_precision(x.dtype),
-        **{**config.options(), "BLOCK_R": min(_launch.padded_rank(r), config.block_r)},
+        **{**config.options(), "BLOCK_R": min(_launch.padded_rank(r), config.block_r)}, **options,
     )  # fmt: skip
     return out
-
-
-@triton.jit
-def _tile_of(pid, blocks_m, blocks_n, GROUP_M: tl.constexpr):
-    """Walks GROUP_M row blocks down before it moves to the next column block, so that tiles running together share
-    rows of x and columns of w in L2."""
-    tiles_in_group = GROUP_M * blocks_n
-    first_m = pid // tiles_in_group * GROUP_M
-    height = tl.minimum(blocks_m - first_m, GROUP_M)
-    return first_m + pid % tiles_in_group % height, pid % tiles_in_group // height
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -72,26 +70,13 @@ def _extended_gemm(
     GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] (contiguous); `factor` multiplies s b where it is kept, everywhere when seed is None."""
-    block_m, block_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    rows = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = block_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    total = low_rank(
+        s, b, seed, row, column, M, N, R, stride_sm, stride_sr, stride_br, stride_bn, groups, threshold, factor,
+        BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+    )  # fmt: skip
+    rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     rows_in, columns_in = rows < M, columns < N
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for rank in tl.range(0, R, BLOCK_R, num_stages=1):
-        ranks = rank + tl.arange(0, BLOCK_R).to(tl.int64)
-        ranks_in = ranks < R
-        s_pointers = s + rows[:, None] * stride_sm + ranks[None, :] * stride_sr
-        b_pointers = b + ranks[:, None] * stride_br + columns[None, :] * stride_bn
-        s_tile = tl.load(s_pointers, mask=rows_in[:, None] & ranks_in[None, :], other=0.0)
-        b_tile = tl.load(b_pointers, mask=ranks_in[:, None] & columns_in[None, :], other=0.0)
-        total = tl.dot(s_tile, b_tile, total, input_precision=PRECISION)
-    if seed is not None:
-        keep = kept(tl.load(seed), rows, block_n * BLOCK_N, groups, threshold, BLOCK_M, BLOCK_N)
-        total = tl.where(keep, total * factor, 0.0)
-    else:
-        total *= factor
-
     inner = tl.arange(0, BLOCK_K)
     x_pointers = x + rows[:, None] * stride_xm + inner[None, :].to(tl.int64) * stride_xk
     w_pointers = w + inner[:, None].to(tl.int64) * stride_wk + columns[None, :] * stride_wn
@@ -103,9 +88,4 @@ def _extended_gemm(
         total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
         x_pointers += x_step
         w_pointers += w_step
-
-    if bias is not None:
-        values = tl.load(bias + columns * stride_bias, mask=columns_in, other=0.0)
-        total += values.to(tl.float32)[None, :]
-    out_pointers = out + rows[:, None] * N + columns[None, :]
-    tl.store(out_pointers, total.to(out.dtype.element_ty), mask=rows_in[:, None] & columns_in[None, :])
+    finish(total, bias, out, row, column, M, N, stride_bias, BLOCK_M, BLOCK_N)

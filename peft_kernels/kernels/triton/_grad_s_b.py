@@ -3,9 +3,9 @@
 A program owns BLOCK_M rows and one of the splits of N. It accumulates dS in registers and writes the dB of its rows,
 [BLOCK_N, r] for each tile, as one partial of a fixed-order sum (`splitk_reduce`): no atomics.
 
-Floor: dY once; M=8192, N=4096, bf16, 4.3 TB/s: 15.6 us. The partials of dB add 4 r / BLOCK_M of dY's bytes (float32,
-written and read): r=16, BLOCK_M=128: 50 %, most of it in L2. From r=64 on a second pass over dY costs less (`tuning`:
-max_r), and two passes run instead.
+Floor: dY once; M=8192, N=4096, bf16, 4.3 TB/s: 15.6 us. The partials of dB, float32, written and read, add 4 r /
+BLOCK_M of dY's bytes, part of them in L2: 25 % at r=16, BLOCK_M=256. Beyond the `max_r` of `tuning` a second pass
+over dY costs less, and two passes run instead.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What every Triton kernel's host side shares: whether Triton can run here, on which architecture, and the launch
-itself.
+"""What the host side of every Triton kernel shares: whether Triton can run here, on which GPU, and the launch itself.
 
 Importing this module does not import triton: `dispatch` asks `unavailable` on machines that have none.
 """
