@@ -34,9 +34,18 @@ def require_packages(command: str, names: dict[str, str], extra: str) -> None:
 
 
 def positive_int(text: str) -> int:
+    return _at_least(1, text)
+
+
+def text_length(text: str) -> int:
+    """Room for a token of a prompt, one to predict and what tokenizers put around them."""
+    return _at_least(8, text)
+
+
+def _at_least(minimum: int, text: str) -> int:
     value = _number(text, int, "an integer")
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value} is not at least {minimum}")
     return value
 
 

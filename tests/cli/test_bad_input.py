@@ -27,6 +27,7 @@ from peft_kernels.cli.main import main
         ("--task chess", "--task: invalid choice: 'chess'"),
         ("--target-modules a,,b", "--target-modules: 'a,,b' is not a comma-separated list"),
         ("--threads 0", "--threads: 0 is not at least 1"),
+        ("--max-length 7", "--max-length: 7 is not at least 8"),
         ("--seed x", "--seed: invalid int value: 'x'"),
     ],
 )

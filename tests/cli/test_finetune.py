@@ -11,6 +11,7 @@ import torch
 import peft_kernels
 from peft_kernels.cli.finetune import data, job, model, training
 from peft_kernels.cli.main import main
+from tests.cli.conftest import write_lines
 
 for name in ("transformers", "peft", "tqdm", "matplotlib", "rich"):
     pytest.importorskip(name)
@@ -96,6 +97,16 @@ def test_bfloat16_trains(tmp_path, encoder, pairs):
     code, figures = finetune(tmp_path, "--model", encoder, "--data", pairs, "--dtype", "bfloat16", "--compare")
     assert code == 0
     assert figures["losses"] == pytest.approx(figures["peft"]["losses"], rel=0.05)
+
+
+@pytest.mark.parametrize("task", ["embedding", "causal-lm"])
+def test_texts_longer_than_the_model_can_take_are_cut(tmp_path, encoder, decoder, task):
+    text = " ".join(f"w{i % 60}" for i in range(200))
+    keys = ("query", "positive") if task == "embedding" else ("prompt", "completion")
+    records = [{keys[0]: f"w{i} {text}", keys[1]: f"{text} w{i}"} for i in range(40)]
+    file = write_lines(tmp_path / "long.jsonl", records)
+    base = encoder if task == "embedding" else decoder
+    assert finetune(tmp_path, "--task", task, "--model", base, "--data", file, "--max-length", 500, steps=1)[0] == 0
 
 
 def interrupt_at(step: int, how, monkeypatch) -> None:

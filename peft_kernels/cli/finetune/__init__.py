@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
-from peft_kernels.cli.errors import name_list, positive_float, positive_int, probability, rank, require_packages
+from peft_kernels.cli.errors import (
+    name_list,
+    positive_float,
+    positive_int,
+    probability,
+    rank,
+    require_packages,
+    text_length,
+)
 from peft_kernels.cli.finetune.data import CAUSAL_LM, EMBEDDING
 
 SUMMARY = "fine-tune a pretrained model with fused LoRA layers and show what it brought"
@@ -13,41 +22,49 @@ PACKAGES = {"transformers": "transformers", "tqdm": "tqdm", "matplotlib": "matpl
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     data = parser.add_argument_group("what to train on")
     data.add_argument("--model", help="local folder or hub id (default: the bundled MiniLM-L6 sentence encoder)")
-    data.add_argument("--task", choices=(EMBEDDING, CAUSAL_LM), default=EMBEDDING)
+    data.add_argument("--task", choices=(EMBEDDING, CAUSAL_LM), default=EMBEDDING, help="default: %(default)s")
     data.add_argument(
         "--data",
         metavar="FILE.jsonl",
         help='one object per line: {"query", "positive"} for embedding, {"text"} or {"prompt", "completion"} for '
         "causal-lm (default: names and docstrings of Python's standard library)",
     )
-    data.add_argument("--max-length", type=positive_int, default=128, help="tokens kept of a text")
+    _add(data, "--max-length", text_length, 128, "tokens kept of a text")
     training = parser.add_argument_group("how to train")
-    training.add_argument("--steps", type=positive_int, default=100)
-    training.add_argument("--batch-size", type=positive_int, default=64)
-    training.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of AdamW")
-    training.add_argument("--r", type=rank, default=16, help="rank of the adapters")
-    training.add_argument("--lora-alpha", type=positive_float, default=32.0)
-    training.add_argument("--lora-dropout", type=probability, default=0.0)
+    _add(training, "--steps", positive_int, 100, "number of steps")
+    _add(training, "--batch-size", positive_int, 64, "examples per step")
+    _add(training, "--lr", positive_float, 1e-3, "learning rate of AdamW")
+    _add(training, "--r", rank, 16, "rank of the adapters")
+    _add(training, "--lora-alpha", positive_float, 32.0, "the update is scaled by lora_alpha / r")
+    _add(training, "--lora-dropout", probability, 0.0, "dropout before the adapters; the base model's own is off")
     training.add_argument(
         "--target-modules",
         type=name_list,
         metavar="NAME,NAME",
         help="linear layers that get an adapter (default: the usual ones that the model has)",
     )
-    training.add_argument("--seed", type=int, default=0, help="of the adapters' start and the order of the batches")
+    _add(training, "--seed", int, 0, "of the adapters' start and the order of the batches")
     machine = parser.add_argument_group("where to train")
-    machine.add_argument("--device", default="auto", help='"auto", "cpu", "cuda" or "cuda:1"')
-    machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    machine.add_argument("--threads", type=positive_int, help="CPU threads of PyTorch")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<index> (default: %(default)s)")
+    dtypes = ("float32", "bfloat16", "float16")
+    machine.add_argument("--dtype", choices=dtypes, default="float32", help="of the base model (default: %(default)s)")
+    machine.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads of PyTorch (default: its own)")
     results = parser.add_argument_group("results")
     results.add_argument("--compare", action="store_true", help="train stock PEFT beside, from the same start")
     results.add_argument(
-        "--output", metavar="DIR", default="outputs/finetune", help="folder of the adapter and the plot"
+        "--output",
+        metavar="DIR",
+        default="outputs/finetune",
+        help="folder of the adapter and the plot (default: %(default)s)",
     )
     results.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+
+
+def _add(group, name: str, kind: Callable, default: object, meaning: str) -> None:
+    metavar = "N" if kind in (int, positive_int, rank, text_length) else "X"
+    group.add_argument(name, type=kind, default=default, metavar=metavar, help=f"{meaning} (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -79,7 +79,8 @@ def build_lanes(options: argparse.Namespace, device: torch.device) -> list[Lane]
     model, tokenizer = load_model(options.model, options.task, getattr(torch, options.dtype), device)
     targets = choose_targets(model, options.target_modules)
     task_class = EmbeddingTask if options.task == EMBEDDING else CausalLMTask
-    task = task_class(tokenizer, device, options.max_length)
+    positions = getattr(model.config, "max_position_embeddings", options.max_length)
+    task = task_class(tokenizer, device, min(options.max_length, tokenizer.model_max_length, positions))
     settings = {
         "r": options.r,
         "lora_alpha": options.lora_alpha,
