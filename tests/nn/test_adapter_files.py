@@ -185,6 +185,22 @@ class TestConfiguration:
         again.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" not in k})
         assert {layer.name: layer.r for layer in load_adapter(again, tmp_path).layers} == {"0": 1, "1.1": 2}
 
+    def test_patterns_do_not_fit_longer_names_with_the_same_ending(self, tmp_path):
+        peft = pytest.importorskip("peft")
+
+        def nested() -> nn.Module:
+            torch.manual_seed(2)
+            return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+        model, x = nested(), torch.randn(3, 4)
+        add_lora(model, 2, rank_pattern={"^0": 1}, alpha_pattern={"^0": 3})
+        disturb(model)
+        save_adapter(model, tmp_path)
+        again = nested()
+        assert {layer.name: layer.r for layer in load_adapter(again, tmp_path).layers} == {"0": 1, "1.0": 2, "1.1": 2}
+        assert torch.equal(again(x), model(x))
+        assert torch.allclose(peft.PeftModel.from_pretrained(nested(), tmp_path)(x), model(x), atol=1e-5)
+
     def test_scaling_set_by_hand_and_mixed_rules_survive(self, tmp_path):
         model = base_model()
         model.first = FusedLoRALinear.from_linear(model.first, 3, lora_alpha=5, use_rslora=True)
