@@ -30,7 +30,9 @@ def stopwatch(peer: Peer, spec: Spec, mode: str) -> timing.Stopwatch:
     """The peer's stopwatch over as many sets of tensors as exceed the cache."""
     sets = timing.sets_beyond_cache(spec.device, spec.bytes(FORWARD))
     layers = [peer.layer(spec, seed) for seed in range(sets)]
-    return timing.stopwatch(spec.device, [layer.step(mode) for layer in layers], layers[0].context)
+    return timing.stopwatch(
+        spec.device, [layer.step(mode) for layer in layers], layers[0].context, one_thread=spec.threads == 1
+    )
 
 
 @functools.lru_cache(maxsize=2)

@@ -2,13 +2,15 @@
 
     python -m benchmarks.host_time [--rounds 60] [--json FILE]
 
-Two sizes, forward + backward: 4×16 with r=4 (all host time) and M=512, K=N=1024, r=16 in fp32 with 2 threads. The bars
-are what this library promises; the exit code is 1 when one is missed.
+Two sizes: 4×16 with r=4 (all host time) and M=512, K=N=1024, r=16 in fp32 with 2 threads, and with 1, whose CPU time
+can be measured on a busy machine too. The bars are what this library promises of forward + backward; the exit code is 1
+when one is missed by both the median of the ratios and the ratio of the fastest samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -20,8 +22,13 @@ from benchmarks.peers import AUTO, FROZEN, PEFT, Peer, by_name
 from benchmarks.problems import FORWARD_BACKWARD, MODES, Spec
 from peft_kernels._table import table
 
-# Forward + backward, ours / PEFT.
-BARS = {Spec(4, 16, 16, 4, threads=1): 0.85, Spec(512, 1024, 1024, 16, threads=2): 0.92}
+# Forward + backward, ours / PEFT; None: shown, not judged.
+BARS = {
+    Spec(4, 16, 16, 4, threads=1): 0.85,
+    Spec(512, 1024, 1024, 16, threads=1): None,
+    Spec(512, 1024, 1024, 16, threads=2): 0.92,
+}
+HEADERS = ("problem", "threads", "mode", "peer", "µs", "PEFT µs", "ratio", "quartile 1", "quartile 3", "fastest", "bar")
 SUBJECTS = (AUTO, by_name("peft accelerated"), FROZEN)
 
 
@@ -30,7 +37,8 @@ def measure(peer: Peer, spec: Spec, mode: str, rounds: int) -> compare.Ratio:
     for either in (peer, PEFT):
         gate.check(either, spec)
     torch.set_num_threads(spec.threads or torch.get_num_threads())
-    own, other = (timing.stopwatch("cpu", [p.layer(spec).step(mode)]) for p in (peer, PEFT))
+    layers = (peer.layer(spec), PEFT.layer(spec))
+    own, other = (timing.HostStopwatch([layer.step(mode)], one_thread=spec.threads == 1) for layer in layers)
     return compare.ratio(own, other, rounds)
 
 
@@ -39,27 +47,28 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows, records, missed = [], [], False
-    for spec, bar in BARS.items():
-        for peer in SUBJECTS:
-            reason = peer.unavailable(spec)
-            if reason is not None:
-                print(f"{peer.name}: {reason}")
-                continue
-            for mode in MODES:
-                ratio = measure(peer, spec, mode, options.rounds)
-                judged = bar if mode == FORWARD_BACKWARD and peer is not FROZEN else None
-                missed |= judged is not None and min(ratio.ratio, ratio.best) > judged
-                rows.append(
-                    (spec.label, mode, peer.name, f"{ratio.a * 1e6:.1f}", f"{ratio.b * 1e6:.1f}", ratio, judged)
-                )
-                records.append(
-                    {"problem": spec.label, "mode": mode, "peer": peer.name, "bar": judged, **ratio._asdict()}
-                )
-    print(table(rows, ("problem", "mode", "peer", "µs", "PEFT µs", "ratio to PEFT (quartiles)", "bar")))
+    records = []
+    for spec, peer in itertools.product(BARS, SUBJECTS):
+        reason = peer.unavailable(spec)
+        if reason is not None:
+            print(f"{peer.name}: {reason}")
+            continue
+        for mode in MODES:
+            ratio = measure(peer, spec, mode, options.rounds)
+            bar = BARS[spec] if mode == FORWARD_BACKWARD and peer is not FROZEN else None
+            record = {"problem": spec.label, "threads": spec.threads, "mode": mode, "peer": peer.name, "bar": bar}
+            records.append(record | ratio._asdict())
+    print(table(map(cells, records), HEADERS))
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
-    return int(missed)
+    return int(any(record["bar"] and min(record["ratio"], record["best"]) > record["bar"] for record in records))
+
+
+def cells(record: dict) -> tuple:
+    """A record as a row of the table."""
+    ratios = (f"{record[name]:.3f}" for name in ("ratio", "low", "high", "best"))
+    times = (f"{record[name] * 1e6:.1f}" for name in ("a", "b"))
+    return *(record[name] for name in ("problem", "threads", "mode", "peer")), *times, *ratios, record["bar"]
 
 
 if __name__ == "__main__":
