@@ -81,6 +81,16 @@ def test_layout(backend, rows, columns):
             assert float(y[m, k]) == pytest.approx(expected, rel=1e-6), (m, k)
 
 
+@EVERYWHERE
+def test_threshold_is_inclusive(backend):
+    """An element whose lane equals round(65536 p) is kept; one step of p later it is dropped."""
+    x = torch.ones(4, 24, device=backend.device)
+    for m, k in ((0, 0), (1, 7), (2, 13), (3, 23)):
+        p = lane(5, m, k, 24) / 65536
+        assert functional.philox_dropout(x, p, 5)[m, k] != 0
+        assert functional.philox_dropout(x, p + 1 / 65536, 5)[m, k] == 0
+
+
 @pytest.mark.parametrize("offset", [1, 7, 2**31, 2**33 + 5, 2**58])
 @EVERYWHERE
 def test_row_offset(backend, offset):
