@@ -158,8 +158,8 @@ def _run(model: nn.Module, batch: Any) -> _Tensors:
         outputs = dict(_floating_tensors("output", output))
         if not outputs:
             raise TypeError(f"check: the model returned a {type(output).__name__} without floating-point tensors")
-        leaves = {f"gradient of {n}": p for n, p in model.named_parameters() if p.requires_grad}
-        leaves |= {f"gradient of {n}": t for n, t in _floating_tensors("batch", batch) if t.requires_grad}
+        leaves: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        leaves |= {n: t for n, t in _floating_tensors("batch", batch) if t.requires_grad}
         loss = _loss(output, outputs)
         wanted = loss.requires_grad and leaves
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if wanted else [None] * len(leaves)
@@ -188,7 +188,8 @@ def _loss(output: Any, outputs: dict[str, Tensor]) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss.sum()
-    return sum(_projection(tensor) for tensor in outputs.values())
+    first, *others = [_projection(tensor) for tensor in outputs.values()]
+    return sum((other.to(first.device) for other in others), first)
 
 
 def _projection(tensor: Tensor) -> Tensor:
@@ -204,8 +205,8 @@ def _differences(value: _Tensors, plain: _Tensors) -> Iterator[Difference]:
         yield Difference("output", name, _error(value.outputs.get(name), truth, 0.0))
     norms = [float(g.double().norm()) for g in plain.gradients.values() if g is not None]
     floor = FLOOR * max((n for n in norms if n == n), default=0.0)
-    for name, truth in plain.gradients.items():
-        yield Difference("gradient", name.removeprefix("gradient of "), _error(value.gradients[name], truth, floor))
+    for name, gradient in plain.gradients.items():
+        yield Difference("gradient", name, _error(value.gradients[name], gradient, floor))
 
 
 def _error(value: Tensor | None, truth: Tensor | None, floor: float) -> float:
@@ -222,7 +223,7 @@ def _tolerance(model: nn.Module, plain: _Tensors) -> float:
     dtypes = {t.dtype for t in (*model.parameters(), *plain.outputs.values()) if t.dtype in TOLERANCES}
     kinds = {t.device.type for t in model.parameters()}
     dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-    tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
+    tolerance = max((TOLERANCES[dtype] for dtype in dtypes), default=TOLERANCES[torch.bfloat16])
     tf32 = "cuda" in kinds and torch.get_float32_matmul_precision() != "highest"
     return max(tolerance, TF32_TOLERANCE) if tf32 else tolerance
 
@@ -231,7 +232,8 @@ def _tolerance(model: nn.Module, plain: _Tensors) -> float:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Dropout and checkpointing off inside; training flags and buffers as before afterwards."""
     flags = [(m, name, m.__dict__[name]) for m in model.modules() for name in _flags_to_clear(m)]
-    buffers = [(m, dict(m._buffers), _clones(m._buffers)) for m in model.modules()]
+    registered = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for module, name, _ in flags:
         module.__dict__[name] = False
     try:
@@ -239,17 +241,13 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, flag in flags:
             module.__dict__[name] = flag
+        for module, buffers in registered:
+            module._buffers.clear()
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for module, objects, values in buffers:
-                for name, saved in values.items():
-                    if not torch.equal(objects[name], saved):
-                        objects[name].copy_(saved)
-                module._buffers.clear()
-                module._buffers.update(objects)
-
-
-def _clones(buffers: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _flags_to_clear(module: nn.Module) -> list[str]:

@@ -12,8 +12,9 @@ import logging
 import math
 import types
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -64,7 +65,7 @@ class FusedPeftLinear(Linear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As PEFT's: x [..., in_features] to [..., out_features]. Anything but x goes to PEFT's own code."""
         operands = _arguments_objection(args, kwargs) if args or kwargs else _operands(self, x)
-        if type(operands) is str:
+        if isinstance(operands, str):
             _record(self, operands)
             return Linear.forward(self, x, *args, **kwargs)
         weight, bias, lora_A, lora_B, scaling, dropout_p = operands
@@ -79,7 +80,7 @@ def _arguments_objection(args: tuple, kwargs: dict) -> str:
     return f"the call has arguments besides x ({', '.join(names)})"
 
 
-def _operands(layer: Linear, x: Tensor | None) -> tuple | str:
+def _operands(layer: Any, x: Tensor | None) -> tuple | str:
     """The arguments of `lora_linear` for a call with x, or why PEFT's own code has to run. x = None asks about the
     layer alone. This runs at every call: cheap tests only, dictionaries read directly (`nn.Module.__getattr__` costs
     ten times as much), and no text before a test has failed."""
@@ -137,7 +138,7 @@ def _operands(layer: Linear, x: Tensor | None) -> tuple | str:
     return weight.t() if type(base) is Conv1D else weight, bias, lora_A, lora_B, scaling, dropout_p
 
 
-def _read(module: nn.Module, name: str) -> Tensor | None:
+def _read(module: nn.Module, name: str) -> Any:
     parameters = module._parameters
     # FSDP1 and DataParallel put the tensor of the moment beside the parameters, where getattr finds it.
     return parameters[name] if name in parameters else getattr(module, name)
@@ -212,7 +213,7 @@ def _record(layer: FusedPeftLinear, reason: str) -> None:
     calls.fallbacks[reason][name] += 1
 
 
-def _lasting_objection(layer: BaseTunerLayer) -> str | None:
+def _lasting_objection(layer: Any) -> str | None:
     """Why a layer can never be fused, whatever its state."""
     if not isinstance(layer, FusedPeftLinear):  # also of the subclass that FSDP2 makes of it
         if type(layer) is not Linear:
@@ -226,18 +227,18 @@ def _lasting_objection(layer: BaseTunerLayer) -> str | None:
     return None
 
 
-def _objection(layer: BaseTunerLayer, sharded: bool) -> str | None:
+def _objection(layer: Any, sharded: bool) -> str | None:
     """Why a layer would not run fused as it is now."""
     reason = _lasting_objection(layer)
     if reason is None:
         operands = _operands(layer, None)
-        reason = operands if type(operands) is str else None
+        reason = operands if isinstance(operands, str) else None
     if sharded and reason is not None and "DTensor" in reason:
         return None  # FSDP2 gathers it into a plain tensor before the layer is called
     return reason
 
 
-def _tuner_layers(model: nn.Module, who: str) -> dict[str, BaseTunerLayer]:
+def _tuner_layers(model: nn.Module, who: str) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{who}: model is {type(model).__name__}; expected a torch.nn.Module")
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -279,7 +280,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
 def restore(model: nn.Module) -> int:
     """See `peft_kernels.restore`."""
-    layers = {n: layer for n, layer in _tuner_layers(model, "restore").items() if isinstance(layer, FusedPeftLinear)}
+    found = _tuner_layers(model, "restore")
+    layers: dict[str, Any] = {n: layer for n, layer in found.items() if isinstance(layer, FusedPeftLinear)}
     for name, layer in layers.items():
         if type(layer) is not FusedPeftLinear:
             raise RuntimeError(
@@ -296,11 +298,11 @@ def restore(model: nn.Module) -> int:
     return len(layers)
 
 
-def _accelerated(model: nn.Module) -> dict[str, FusedPeftLinear]:
+def _accelerated(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if type(module) is FusedPeftLinear}
 
 
-def _fallen_back(layers: dict[str, FusedPeftLinear]) -> dict[str, int]:
+def _fallen_back(layers: dict[str, Any]) -> dict[str, int]:
     return {
         name: sum(layers_of[layer._peft_kernels.name] for layers_of in layer._peft_kernels.calls.fallbacks.values())
         for name, layer in layers.items()
@@ -308,7 +310,7 @@ def _fallen_back(layers: dict[str, FusedPeftLinear]) -> dict[str, int]:
 
 
 @contextmanager
-def _plain(layers: dict[str, FusedPeftLinear]):
+def _plain(layers: dict[str, Any]) -> Iterator[None]:
     for layer in layers.values():
         layer.__class__ = Linear
     try:

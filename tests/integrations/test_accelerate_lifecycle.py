@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pathlib
 import pickle
+import runpy
 
 import pytest
 import torch
@@ -315,3 +317,12 @@ def test_trainer(tmp_path, fused):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
     assert restore(model) == 14
+
+
+def test_example(capsys):
+    path = pathlib.Path(__file__).parents[2] / "examples" / "accelerate_peft.py"
+    losses = runpy.run_path(str(path))["main"]()
+    assert losses == sorted(losses, reverse=True)
+    text = capsys.readouterr().out
+    assert "14 of 14 layers fused" in text
+    assert "equal: 30 outputs and gradients, 14 fused layers" in text
