@@ -128,11 +128,18 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return _gradients(ctx, grad_y, saved)
-        with torch.no_grad():
-            grads = _gradients(ctx, grad_y, saved)
-        return _guarded(grads, grad_y, saved)
+        if torch._C._is_any_autocast_enabled():  # the forward's casts are done; here they would round float32 sums
+            with torch.autocast(grad_y.device.type, enabled=False):
+                return _first_gradients(ctx, grad_y, saved)
+        return _first_gradients(ctx, grad_y, saved)
+
+
+def _first_gradients(ctx, grad_y, saved):
+    if not torch.is_grad_enabled():
+        return _gradients(ctx, grad_y, saved)
+    with torch.no_grad():
+        grads = _gradients(ctx, grad_y, saved)
+    return _guarded(grads, grad_y, saved)
 
 
 def _gradients(ctx, grad_y, saved):

@@ -117,3 +117,18 @@ def test_state_is_restored_after_an_error():
             ours({**problem.tensors, "lora_A": problem.tensors["lora_A"][:, 1:]}, 1.5)
         assert torch.is_autocast_enabled("cpu")
         assert F.linear(problem.tensors["x"], problem.tensors["weight"]).dtype == BF16
+
+
+@EVERYWHERE
+def test_backward_inside_the_region_keeps_float32_sums(backend):
+    """Backward under autocast must not round the sums of dA and dB, which stay in the parameters' float32."""
+    problem = problem_of(F32, F32, F32, backend.device)
+    t, gradients = problem.tensors, []
+    for inside in (False, True):
+        with torch.autocast(backend.device, BF16):
+            y = ours(t, problem.scaling)
+            with torch.autocast(backend.device, BF16, enabled=inside):
+                gradients.append(torch.autograd.grad(y, (t["lora_A"], t["lora_B"]), torch.ones_like(y)))
+    for outer, inner in zip(*gradients, strict=True):
+        assert outer.abs().max() > 0
+        assert torch.equal(outer, inner)
