@@ -7,6 +7,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from peft_kernels.ops import lora_linear, philox_dropout, splitk_reduce
@@ -20,12 +24,26 @@ SCHEMAS = {name: schema for module in MODULES for name, schema in module.SCHEMAS
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A registered op computes in the dtypes that it is given, as its fake kernel says: which those are under autocast
+    was decided before. Called directly, PyTorch's matmuls inside would otherwise change dtypes halfway."""
+
+    @functools.wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return kernel(*args, **kwargs)
+        with torch._C._DisableAutocast():
+            return kernel(*args, **kwargs)
+
+    return call
+
+
 def _register() -> None:
     for module in MODULES:
         for name, schema in module.SCHEMAS.items():
             kernel, fake = module.KERNELS[name]
             _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-            _library.impl(name, kernel, "CompositeExplicitAutograd")
+            _library.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
             torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 

@@ -99,6 +99,26 @@ def test_used_twice_in_one_region():
         torch.testing.assert_close(tensor.grad, 2 * once[name], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+@EVERYWHERE
+def test_backward_inside_the_region(backend, inside):
+    """Calling backward under autocast, whether forward was there or not, does not narrow the gradients' matmuls."""
+    problem = problem_of(F32, F32, F32, backend.device)
+    wanted = list(problem.tensors.values())
+    region = torch.autocast(backend.device, BF16)
+    grads = []
+    for backward_inside in (False, True):
+        with torch.autocast(backend.device, BF16, enabled=inside):
+            y = ours(problem.tensors, 1.5)
+        grad_y = problem.grad_y.to(y.dtype)
+        if backward_inside:
+            with region:
+                grads.append(torch.autograd.grad(y, wanted, grad_y))
+        else:
+            grads.append(torch.autograd.grad(y, wanted, grad_y))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_disabled_region_inside_autocast():
     problem = problem_of(F32, F32, F32, "cpu")
     with torch.autocast("cpu", BF16):

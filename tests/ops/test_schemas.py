@@ -101,6 +101,19 @@ def test_results_own_their_memory(name, arguments):
     assert len(set(addresses)) == len(addresses)
 
 
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_autocast_does_not_reach_into_an_op(name, arguments):
+    """Called directly under autocast an op computes what it computes outside, in the dtypes that its fake says."""
+    op = getattr(torch.ops.peft_kernels, name).default
+    expected = op(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = op(*arguments)
+    many = isinstance(results, (tuple, list))
+    for value, truth in zip(results if many else [results], expected if many else [expected], strict=True):
+        assert value.dtype == truth.dtype
+        assert torch.equal(value, truth)
+
+
 def test_ops_are_tagged_for_the_compiler():
     for name in ops.SCHEMAS:
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.peft_kernels, name).default.tags
