@@ -31,7 +31,7 @@ def rules(arch: str, kernel: str) -> tuple[Rule, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def config(arch: str, kernel: str, dtype: torch.dtype, *, dropout: bool = False, **sizes: int) -> Config | None:
+def config(arch: str, kernel: str, dtype: torch.dtype, *, dropout: bool = False, **sizes: int) -> Any:
     """The configuration of `kernel` on `arch`.
 
     Args:
@@ -42,7 +42,8 @@ def config(arch: str, kernel: str, dtype: torch.dtype, *, dropout: bool = False,
         **sizes: what the rules' limits are compared with, such as `m` and `r`.
 
     Returns:
-        A frozen dataclass, the first whose rule holds; None when none does: the kernel is not meant for this problem.
+        A `configs.CONFIGS[kernel]`, the first whose rule holds; None when none does: the kernel is not meant for this
+        problem.
     """
     name = str(dtype).removeprefix("torch.")
     return next((rule.config for rule in rules(arch, kernel) if rule.holds(name, dropout, sizes)), None)

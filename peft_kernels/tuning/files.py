@@ -27,6 +27,7 @@ from typing import Any
 from peft_kernels.tuning.configs import CONFIGS, Config
 
 FOLDER = Path(__file__).parent
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 class TuningError(ValueError):
@@ -137,6 +138,10 @@ def _rule(kernel: str, entry: Any, where: str) -> Rule:
             raise TuningError(f"{where}: {key} is {value!r}; expected a positive integer")
         if key not in limits and key.startswith(("block", "num_warps")) and value & (value - 1):
             raise TuningError(f"{where}: {key} is {value}; expected a power of two")
+    if entry.get("dtype", "float32") not in _DTYPES:
+        raise TuningError(f"{where}: dtype is {entry['dtype']!r}; expected one of {', '.join(_DTYPES)}")
+    if type(entry.get("dropout", False)) is not bool:
+        raise TuningError(f"{where}: dropout is {entry['dropout']!r}; expected true or false")
     return Rule(
         CONFIGS[kernel](**values),
         entry.get("dtype"),

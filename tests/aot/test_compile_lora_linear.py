@@ -55,24 +55,18 @@ FORMS = {
 
 
 def _cases() -> Iterator[Case]:
+    """With the mask where a rule serves both, since that takes the most registers; without it too on sm_90."""
     for arch in ARCHITECTURES:
         for kernel, forms in FORMS.items():
             for rule, form in itertools.product(tuning.rules(arch, kernel), forms):
                 limits = dict(rule.limits)
                 dtype = getattr(torch, rule.dtype or "bfloat16")
-                for dropout in _dropouts(arch, rule, form):
+                for dropout in (False,) if form in ("y", "dS+dB") else (True, False):
                     case = Case(kernel, arch, dtype, dropout, limits.get("m", 8192), limits.get("r", 128), form)
                     if _chosen(case) == rule.config:
                         yield case
-
-
-def _dropouts(arch: str, rule: tuning.Rule, form: str) -> tuple[bool, ...]:
-    """The mask takes the most registers, so that a rule for both is compiled with it; without it too on sm_90."""
-    if form in ("y", "dS+dB"):
-        return () if rule.dropout or (form == "y" and rule.dtype == "float32") else (False,)
-    if rule.dropout is not None:
-        return (rule.dropout,)
-    return (False, True) if arch == "sm_90" and rule.dtype is None else (True,)
+                        if arch != "sm_90" or rule.dtype == "float32":
+                            break
 
 
 def _chosen(case: Case):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 
 import pytest
@@ -155,6 +156,15 @@ def test_strides(name, layout, dtype):
         assert torch.equal(grads[gradient], expected[gradient]), gradient
 
 
+def test_bias_strides():
+    problem = LoraProblem(19, 33, 26, 5, dtype=F16)
+    expected, _ = problem.run()
+    wide = torch.full((26, 3), float("nan"), dtype=F16)
+    wide[:, 1] = problem.tensors["bias"].detach()
+    y, _ = problem.run(bias=wide[:, 1].requires_grad_())
+    assert torch.equal(y, expected)
+
+
 def test_expanded_grad():
     """`.sum().backward()` sends a gradient with strides (0, 0)."""
     problem = LoraProblem(19, 33, 26, 5, dtype=F16)
@@ -185,6 +195,23 @@ def test_nothing_beyond_the_tails_is_read(r, dtype):
     assert torch.equal(y, expected_y)
     for name in ("x", "lora_A", "lora_B"):
         assert torch.equal(grads[name], expected[name]), name
+
+
+@pytest.mark.parametrize("r", [3, 40])
+def test_nothing_beyond_the_results_is_written(r, monkeypatch):
+    guarded = []
+
+    def empty(shape, dtype, device):
+        buffer = torch.full((math.prod(shape) + 4096,), float("nan"), dtype=dtype, device=device)
+        guarded.append(buffer[math.prod(shape) :])
+        return buffer[: math.prod(shape)].view(shape)
+
+    problem = LoraProblem(21, 35, 37, r, dropout_p=0.3)
+    monkeypatch.setattr(torch, "empty", empty)
+    y, grads = problem.run()
+    assert len(guarded) >= 5
+    assert all(guard.isnan().all() for guard in guarded)
+    assert not any(result.isnan().any() for result in (y, *grads.values()))
 
 
 def test_nan_and_infinity_stay_in_their_row():

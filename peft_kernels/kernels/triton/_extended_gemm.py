@@ -11,6 +11,8 @@ K=4096. Two forms: pointers here, for any GPU, size and stride; TMA descriptors 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -43,9 +45,10 @@ def extended_gemm(
         return out
     arch, sizes = _launch.architecture(x.device), {"dropout": seed is not None, "m": m, "r": r}
     config = tuning.config(arch, "extended_gemm_tma", x.dtype, **sizes) if fits(x, w) else None
+    strides: tuple[int, ...] = ()
+    options: dict[str, Any] = {"W_TRANSPOSED": w.stride(0) == 1}
     if config is not None:
-        kernel, operands, strides = _extended_gemm_tma, descriptors(x, w, config), ()
-        options = {"W_TRANSPOSED": w.stride(0) == 1}
+        kernel, operands = _extended_gemm_tma, descriptors(x, w, config)
     else:
         config = tuning.config(arch, "extended_gemm", x.dtype, **sizes)
         kernel, operands, strides = _extended_gemm, (x, w), (*x.stride(), *w.stride())

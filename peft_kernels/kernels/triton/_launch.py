@@ -38,7 +38,7 @@ def unavailable(device: str, index: int | None, *dtypes: torch.dtype) -> str | N
     if device == "cuda" and not (torch.cuda.is_available() and (index or 0) < torch.cuda.device_count()):
         return "torch sees no such GPU"
     if device == "cuda" and torch.cuda.get_device_capability(index) < (8, 0):
-        return f"needs compute capability 8.0 or newer, this GPU has {architecture(torch.device(device, index))}"
+        return f"needs compute capability 8.0 or newer, this GPU has {gpu_architecture(index)}"
     return None
 
 
@@ -49,11 +49,12 @@ def _installed() -> bool:
 
 def architecture(device: torch.device) -> str:
     """The name under which `tuning` keeps this device's configurations, such as "sm_90"."""
-    return _architecture(device.index) if device.type == "cuda" else _ARCH_OF_CPU
+    return gpu_architecture(device.index) if device.type == "cuda" else _ARCH_OF_CPU
 
 
 @functools.cache
-def _architecture(index: int | None) -> str:
+def gpu_architecture(index: int | None) -> str:
+    """As `architecture`, of the GPU with this index; None is the current one."""
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
 

@@ -11,7 +11,6 @@ each. Compiled for sm_80, sm_90 and sm_100 and interpreted on the CPU; never run
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from peft_kernels import tuning
 from peft_kernels.checks import MAX_RANK
@@ -58,9 +57,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 
-def _grad_s_and_b(
-    grad_y: Tensor, s: Tensor | None, lora_B: Tensor, scaling: float, need_s: bool, need_b: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _grad_s_and_b(grad_y, s, lora_B, scaling, need_s, need_b):
     """dS [M, r], not yet multiplied by scaling, and dB [N, r]: together where one pass over dY serves both."""
     from peft_kernels.kernels.triton._down_projection import down_projection
     from peft_kernels.kernels.triton._grad_s_b import grad_s_b
