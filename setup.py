@@ -70,7 +70,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
         ".cu": [nvcc, *NVCC_FLAGS.split(), f"-ccbin={cxx}", *gencode()],
     }
     # The runtime is linked in and its symbols hidden, so that the module loads beside any torch and without a driver.
-    link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}", "-Xlinker=--exclude-libs,ALL"]
+    link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}", "-Xlinker=--exclude-libs,ALL", *gencode()]
     return ["cuda_bindings.cpp", "philox_dropout.cu", "splitk_reduce.cu"], commands, link
 
 
@@ -95,6 +95,7 @@ def build(name: str, target: Path, folder: Path) -> None:
             list(pool.map(run, compiles))
         return run([*link, *map(str, objects), "-o", str(target)])
     rules = [
+        f"builddir = {folder}",
         "rule compile",
         "  command = $command",
         "  depfile = $out.d",

@@ -30,6 +30,13 @@ int with_element(int dtype, Function launch) {
   }
 }
 
+// Makes `device` current. A failure is returned and cleared, or the next launch's check would report it once more.
+inline cudaError_t use_device(int device) {
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 // Blocks for `count` threads; kernels loop, so that a count beyond the largest grid is still covered.

@@ -7,6 +7,8 @@
 #define PEFT_KERNELS_X86 0
 #endif
 
+#define PEFT_KERNELS_INLINE inline __attribute__((always_inline))
+
 namespace peft_kernels {
 
 enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };

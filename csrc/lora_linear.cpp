@@ -1,7 +1,9 @@
 // The low-rank half of lora_linear on the CPU, around the base GEMM that stays in PyTorch (MKL, oneDNN).
 //
-// Rows are cut into tiles, and tiles into parts whose number depends on the sizes alone. Each part sums its share of
-// dA and dB by itself and the shares are added in order, so the bits do not depend on the number of threads.
+// Sums over rows (dA, dB) belong to one task for each block of columns, or to a few, one for each part of the rows, whose
+// shares are added in order. The number of parts depends on the sizes alone, so the bits do not depend on the number of
+// threads. Giving each thread rows and a dA and dB of its own would read dY once instead of twice, but cost more in fresh
+// memory than that saves.
 #include "cpu_kernels.h"
 
 #include <omp.h>
@@ -15,11 +17,10 @@
 
 namespace peft_kernels {
 
-constexpr int kTileRows = 32, kTileColumns = 256, kMaxRank = 512;
+constexpr int kTileRows = 32, kTileColumns = 128, kMaxRank = 512;
 constexpr int kTileStride = kTileColumns + 16;  // no power of two: rows must not fall into one set of the L1 cache
 constexpr int64_t kPackStep = 64;            // weight rows or columns packed by one task; a multiple of every panel
-constexpr int64_t kPartRows = 2 * kTileRows;  // fewer rows to a part would make adding up the parts a pass of its own
-constexpr int64_t kMaxParts = 64, kMaxPartialFloats = int64_t{1} << 22;
+constexpr int64_t kTasks = 32;               // column blocks are split by rows until there are so many tasks
 
 struct LoraForward {
   LoraSizes sizes;
@@ -36,6 +37,7 @@ struct LoraBackward {
   double scaling;
   Dropout dropout;
   Matrix grad_x;
+  float *s_floats, *grad_s;  // [M, r rounded up]; null where no wanted gradient needs them
 };
 
 // Elements (i, j) of a matrix given by two strides, as float.
@@ -57,7 +59,6 @@ struct Scratch {
   alignas(64) float tile[kTileRows * kTileStride];
   alignas(64) int16_t masks[kTileRows * kTileColumns];
   alignas(64) float s[kTileRows * kMaxRank];
-  alignas(64) float grad_s[kTileRows * kMaxRank];
 };
 
 inline void store_element(float value, void* target, int dtype) {
@@ -111,11 +112,11 @@ int tile_rows(const LoraSizes& sizes, int64_t tile) {
 }
 
 int64_t number_of_parts(const LoraSizes& sizes) {
-  const int64_t by_memory = kMaxPartialFloats / std::max<int64_t>(1, sizes.r * (sizes.n + sizes.k));
-  return std::clamp<int64_t>(std::min(by_memory, sizes.m / kPartRows), 1, kMaxParts);
+  const int64_t blocks = steps(sizes.n, kTileColumns) + steps(sizes.k, kTileColumns);
+  return std::clamp<int64_t>(steps(sizes.m, kTileRows) / 2, 1, steps(kTasks, blocks));
 }
 
-// Running sums of each part, [parts, r rounded up, columns rounded up], and what becomes of them.
+// Running sums over the rows of each part, [parts, r rounded up, columns rounded up], and what becomes of them.
 struct Sums {
   int64_t stride, size;
   Buffer<float> parts;
@@ -125,10 +126,12 @@ struct Sums {
         size(PEFT_KERNELS_DISPATCH(outer_size, columns, r)),
         parts(allocate<float>(size * count)) {}
 
-  float* clear(int64_t part) {
-    float* sums = parts.get() + part * size;
-    std::fill_n(sums, size, 0.0f);
-    return sums;
+  // The sums of one block of columns, all zero.
+  float* clear(int64_t part, int64_t column) {
+    float* first = parts.get() + part * size + column;
+    for (int64_t row = 0; row < size / stride; ++row)
+      std::fill_n(first + row * stride, std::min<int64_t>(kTileColumns, stride - column), 0.0f);
+    return first;
   }
 
   // Adds the parts in order; element (j, c) goes to target[j * stride_j + c * stride_c]. Called by every thread.
@@ -175,22 +178,38 @@ void lora_backward(LoraSizes sizes, Matrix grad_y, Matrix x, Matrix s, Matrix lo
                    Dropout dropout, Matrix grad_x, Matrix grad_A, Matrix grad_B, int threads) {
   const int64_t tiles = steps(sizes.m, kTileRows), parts = number_of_parts(sizes);
   const bool need_a = grad_A.data != nullptr, need_b = grad_B.data != nullptr;
+  const bool need_s = need_a || grad_x.data != nullptr;
+  const int64_t ranks = tiles * kTileRows * PEFT_KERNELS_DISPATCH(shrink_ranks, sizes.r);
   const auto packed_A = allocate<float>(PEFT_KERNELS_DISPATCH(expand_pack_size, sizes.k, sizes.r));
   const auto packed_B = allocate<float>(PEFT_KERNELS_DISPATCH(shrink_pack_size, sizes.n, sizes.r));
+  const auto s_floats = allocate<float>(need_b ? ranks : 0), grad_s = allocate<float>(need_s ? ranks : 0);
   const auto scratch = allocate<Scratch>(threads);
   Sums sums_A(sizes.k, sizes.r, need_a ? parts : 0), sums_B(sizes.n, sizes.r, need_b ? parts : 0);
-  const LoraBackward job{sizes, grad_y, x, s, packed_A.get(), packed_B.get(), scaling, dropout, grad_x};
+  const LoraBackward job{sizes,  grad_y,  x,      s,
+                         packed_A.get(), packed_B.get(), scaling, dropout,
+                         grad_x, need_b ? s_floats.get() : nullptr, need_s ? grad_s.get() : nullptr};
+  const int64_t x_blocks = need_s ? steps(sizes.k, kTileColumns) : 0, y_blocks = need_b ? steps(sizes.n, kTileColumns) : 0;
 #pragma omp parallel num_threads(threads)
   {
     pack_for_expand(by_columns(lora_A), sizes.k, sizes.r, packed_A.get());
     pack_for_shrink(by_rows(lora_B), sizes.n, sizes.r, packed_B.get());
+    Scratch& own = scratch[omp_get_thread_num()];
 #pragma omp for schedule(dynamic)
-    for (int64_t part = 0; part < parts; ++part) {
-      float* part_A = need_a ? sums_A.clear(part) : nullptr;
-      float* part_B = need_b ? sums_B.clear(part) : nullptr;
-      for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile)
-        PEFT_KERNELS_DISPATCH(backward_tile, job, tile * kTileRows, tile_rows(sizes, tile), part_A, part_B,
-                              scratch[omp_get_thread_num()]);
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      PEFT_KERNELS_DISPATCH(backward_ranks, job, tile * kTileRows, tile_rows(sizes, tile), own);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < (x_blocks + y_blocks) * parts; ++task) {
+      const int64_t part = task % parts, block = task / parts;
+      const int64_t row = tiles * part / parts * kTileRows;
+      const int64_t end = std::min(sizes.m, tiles * (part + 1) / parts * kTileRows);
+      if (block < x_blocks) {
+        const int64_t column = block * kTileColumns;
+        float* sums = need_a ? sums_A.clear(part, column) : nullptr;
+        PEFT_KERNELS_DISPATCH(backward_x_block, job, row, end, column, sums, own);
+      } else {
+        const int64_t column = (block - x_blocks) * kTileColumns;
+        PEFT_KERNELS_DISPATCH(backward_y_block, job, row, end, column, sums_B.clear(part, column), own);
+      }
     }
     if (need_a) sums_A.reduce(sizes.k, sizes.r, parts, 1.0, grad_A, sizes.k, 1);
     if (need_b) sums_B.reduce(sizes.n, sizes.r, parts, scaling, grad_B, 1, sizes.r);

@@ -38,21 +38,23 @@ __global__ void __launch_bounds__(kThreads) philox_dropout_kernel(const DropoutA
     int64_t row = 0;
     if (a.rows > 1) row = small ? static_cast<uint32_t>(i) / static_cast<uint32_t>(a.groups) : i / a.groups;
     const int64_t column = (i - row * a.groups) * kPhiloxLanes;
-    const PhiloxWords words = philox4x32(seed, static_cast<uint64_t>(a.first_counter + i));
+    const uint64_t counter = static_cast<uint64_t>(a.first_counter + i);
     const T* source = a.x + row * a.x_stride + column;
     T* target = a.out + row * a.columns + column;
     const int64_t count = a.columns - column;
     if (vector && count >= kPhiloxLanes) {
-      alignas(16) T values[kPhiloxLanes];
+      alignas(16) T values[kPhiloxLanes];  // loaded first: Philox runs while the load is under way
 #pragma unroll
       for (int v = 0; v < kVectors; ++v)
         reinterpret_cast<uint4*>(values)[v] = reinterpret_cast<const uint4*>(source)[v];
+      const PhiloxWords words = philox4x32(seed, counter);
 #pragma unroll
       for (int lane = 0; lane < kPhiloxLanes; ++lane)
         drop_element(values[lane], words, lane, a.threshold, a.scale, values[lane]);
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) reinterpret_cast<uint4*>(target)[v] = reinterpret_cast<uint4*>(values)[v];
     } else {
+      const PhiloxWords words = philox4x32(seed, counter);
 #pragma unroll
       for (int lane = 0; lane < kPhiloxLanes; ++lane)
         if (lane < count) drop_element(source[lane], words, lane, a.threshold, a.scale, target[lane]);
@@ -81,7 +83,7 @@ int launch_typed(cudaStream_t stream, DropoutArguments<T> a) {
 int launch_philox_dropout(Launch launch, const void* x, int64_t x_stride, void* out, int64_t rows, int64_t columns,
                           int64_t row_offset, int dtype, const int64_t* seed, uint32_t threshold, float scale) {
   if (rows == 0 || columns == 0) return cudaSuccess;
-  if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
+  if (const cudaError_t error = use_device(launch.device)) return error;
   const int64_t groups = philox_groups(columns);
   return with_element(dtype, [&](auto element) {
     using T = decltype(element);

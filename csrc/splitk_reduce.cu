@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 int launch_splitk_reduce(Launch launch, const float* partials, int64_t parts, int64_t numel, float scale, void* out,
                          int dtype) {
   if (numel == 0) return cudaSuccess;
-  if (const cudaError_t error = cudaSetDevice(launch.device)) return error;
+  if (const cudaError_t error = use_device(launch.device)) return error;
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const bool vector = numel >= kVectorNumel && numel % 4 == 0 && is_aligned(partials, 16) && is_aligned(out, 16);
   return with_element(dtype, [&](auto element) {

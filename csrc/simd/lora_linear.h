@@ -85,24 +85,59 @@ inline void tile_masks(const Dropout& dropout, int64_t k, int64_t row, int rows,
 
 // ---- register tiles --------------------------------------------------------------------------------------------
 
-// Sums of a register tile run over kSumColumns columns before they are added to s: shorter chains round less.
-constexpr int kSumColumns = 32;
+// Terms that a register tile sums before it is added to memory: shorter chains round less.
+constexpr int kChain = 16;
+
+// The accumulators of a register tile. Every index into them is a constant and everything that touches them is inlined:
+// otherwise the compiler keeps them in memory.
+template <int rows, int vectors>
+struct Accumulators {
+  Floats sum[rows][vectors];
+
+  PEFT_KERNELS_INLINE Accumulators() {
+    unrolled<rows>([&](auto i) { unrolled<vectors>([&](auto v) { sum[i][v] = Floats{}; }); });
+  }
+
+  // Element by element: a copy of the whole would move the original out of the registers.
+  PEFT_KERNELS_INLINE Accumulators(const Accumulators& other) {
+    unrolled<rows>([&](auto i) { unrolled<vectors>([&](auto v) { sum[i][v] = other.sum[i][v]; }); });
+  }
+
+  // sum[i, :] += sum_t left[i * left_row + t * left_step] * right[t * right_step, :] over `terms` terms
+  PEFT_KERNELS_INLINE void multiply_add(int64_t terms, const float* left, int64_t left_row, int64_t left_step,
+                                        const float* right, int64_t right_step) {
+    const float* row[rows];
+    unrolled<rows>([&](auto i) { row[i] = left + i * left_row; });
+    for (int64_t t = 0; t < terms; ++t) {
+      Floats w[vectors];
+      unrolled<vectors>([&](auto v) { w[v] = load<Floats>(right + t * right_step + v * kFloats); });
+      unrolled<rows>([&](auto i) {
+        const Floats factor = splat(row[i][t * left_step]);
+        unrolled<vectors>([&](auto v) { sum[i][v] += factor * w[v]; });
+      });
+    }
+  }
+
+  PEFT_KERNELS_INLINE void add_to(float* target, int64_t stride) const {
+    unrolled<rows>([&](auto i) {
+      unrolled<vectors>([&](auto v) {
+        float* at = target + i * stride + v * kFloats;
+        store(at, load<Floats>(at) + sum[i][v]);
+      });
+    });
+  }
+};
+
+using Tile = Accumulators<kRowBlock, 2>;
 
 template <int rows, int vectors>
-inline void shrink_block(const float* tile, int64_t tile_stride, int columns, const float* panel, float* s, int64_t s_stride) {
-  for (int first = 0; first < columns; first += kSumColumns) {
-    Floats sum[rows][vectors] = {};
-    for (int c = first; c < std::min(columns, first + kSumColumns); ++c) {
-      Floats w[vectors];
-      for (int v = 0; v < vectors; ++v) w[v] = load<Floats>(panel + (c * vectors + v) * kFloats);
-      for (int m = 0; m < rows; ++m)
-        for (int v = 0; v < vectors; ++v) sum[m][v] += splat(tile[m * tile_stride + c]) * w[v];
-    }
-    for (int m = 0; m < rows; ++m)
-      for (int v = 0; v < vectors; ++v) {
-        float* target = s + m * s_stride + v * kFloats;
-        store(target, load<Floats>(target) + sum[m][v]);
-      }
+inline void shrink_block(const float* tile, int64_t tile_stride, int columns, const float* panel, float* s,
+                         int64_t s_stride) {
+  for (int first = 0; first < columns; first += kChain) {
+    Accumulators<rows, vectors> sums;
+    sums.multiply_add(std::min(kChain, columns - first), tile + first, tile_stride, 1,
+                      panel + first * vectors * kFloats, vectors * kFloats);
+    sums.add_to(s, s_stride);
   }
 }
 
@@ -131,24 +166,25 @@ struct Rows {
 
 // y[m, c] += sum[m, c], masked, where a whole register tile lies inside y.
 template <class Type, bool drop>
-inline void add_tile(Rows<typename Type::Storage> y, const Floats (&sum)[kRowBlock][2], const int16_t* masks,
-                     float scale) {
-  for (int m = 0; m < kRowBlock; ++m)
-    for (int v = 0; v < 2; ++v) {
+PEFT_KERNELS_INLINE void add_tile(Rows<typename Type::Storage> y, const Tile& tile, const int16_t* masks, float scale) {
+  unrolled<kRowBlock>([&](auto m) {
+    unrolled<2>([&](auto v) {
       auto* target = y.first + m * y.stride + v * kFloats;
-      const Floats value = drop ? masked(sum[m][v] * splat(scale), masks + m * kTileColumns + v * kFloats) : sum[m][v];
+      Floats value = tile.sum[m][v];
+      if (drop) value = masked(value * splat(scale), masks + m * kTileColumns + v * kFloats);
       Type::store_floats(target, Type::load_floats(target) + value);
-    }
+    });
+  });
 }
 
 // The same at the edges of y: the whole tile is added to a copy of the part that there is.
 template <class Type, bool drop>
-inline void add_edge(Rows<typename Type::Storage> y, const Floats (&sum)[kRowBlock][2], const int16_t* masks,
-                     float scale, int rows, int columns) {
+inline void add_edge(Rows<typename Type::Storage> y, Tile tile, const int16_t* masks, float scale, int rows,
+                     int columns) {
   using Storage = typename Type::Storage;
   Storage copy[kRowBlock * kPanel] = {};
   for (int m = 0; m < rows; ++m) std::memcpy(copy + m * kPanel, y.first + m * y.stride, columns * sizeof(Storage));
-  add_tile<Type, drop>({copy, kPanel}, sum, masks, scale);
+  add_tile<Type, drop>({copy, kPanel}, tile, masks, scale);
   for (int m = 0; m < rows; ++m) std::memcpy(y.first + m * y.stride, copy + m * kPanel, columns * sizeof(Storage));
 }
 
@@ -159,21 +195,14 @@ inline void expand_tile(const float* s, int64_t r, const float* packed, const in
   for (int m0 = 0; m0 < rows; m0 += kRowBlock) {
     for (int c0 = 0; c0 < columns; c0 += kPanel) {
       const float* panel = packed + c0 * r;
-      Floats sum[kRowBlock][2] = {};
-      for (int64_t j = 0; j < r; ++j) {
-        const Floats w0 = load<Floats>(panel + j * kPanel), w1 = load<Floats>(panel + j * kPanel + kFloats);
-        for (int m = 0; m < kRowBlock; ++m) {
-          const Floats factor = splat(s[(m0 + m) * s_stride + j]);
-          sum[m][0] += factor * w0;
-          sum[m][1] += factor * w1;
-        }
-      }
+      Tile sums;
+      sums.multiply_add(r, s + m0 * s_stride, s_stride, 1, panel, kPanel);
       const Rows<typename Type::Storage> target{y.first + m0 * y.stride + c0, y.stride};
       const int16_t* tile_masks = drop ? masks + m0 * kTileColumns + c0 : nullptr;
       if (m0 + kRowBlock <= rows && c0 + kPanel <= columns) {
-        add_tile<Type, drop>(target, sum, tile_masks, scale);
+        add_tile<Type, drop>(target, sums, tile_masks, scale);
       } else {
-        add_edge<Type, drop>(target, sum, tile_masks, scale, std::min(kRowBlock, rows - m0),
+        add_edge<Type, drop>(target, sums, tile_masks, scale, std::min(kRowBlock, rows - m0),
                              std::min(kPanel, columns - c0));
       }
     }
@@ -194,26 +223,17 @@ inline void expand(const float* s, int64_t r, const float* packed, const int16_t
 inline int64_t outer_stride(int64_t columns) { return round_up(columns, kPanel) + 16; }
 inline int64_t outer_size(int64_t columns, int64_t r) { return outer_stride(columns) * round_up(r, kRowBlock); }
 
-inline void outer(const float* s, int64_t r, const float* tile, int64_t tile_stride, int rows, int columns, float* sums, int64_t stride) {
+inline void outer(const float* s, int64_t r, const float* tile, int64_t tile_stride, int rows, int columns, float* sums,
+                  int64_t stride) {
   const int64_t s_stride = shrink_ranks(r);
-  for (int c = 0; c < columns; c += kPanel) {
-    for (int64_t j0 = 0; j0 < r; j0 += kRowBlock) {
-      Floats sum[kRowBlock][2] = {};
-      for (int m = 0; m < rows; ++m) {
-        const Floats x0 = load<Floats>(tile + m * tile_stride + c), x1 = load<Floats>(tile + m * tile_stride + c + kFloats);
-        for (int j = 0; j < kRowBlock; ++j) {
-          const Floats factor = splat(s[m * s_stride + j0 + j]);
-          sum[j][0] += factor * x0;
-          sum[j][1] += factor * x1;
-        }
+  for (int c = 0; c < columns; c += kPanel)
+    for (int64_t j = 0; j < r; j += kRowBlock)
+      for (int first = 0; first < rows; first += kChain) {
+        Tile total;
+        total.multiply_add(std::min(kChain, rows - first), s + first * s_stride + j, 1, s_stride,
+                           tile + first * tile_stride + c, tile_stride);
+        total.add_to(sums + j * stride + c, stride);
       }
-      for (int j = 0; j < kRowBlock; ++j)
-        for (int v = 0; v < 2; ++v) {
-          float* target = sums + (j0 + j) * stride + c + v * kFloats;
-          store(target, load<Floats>(target) + sum[j][v]);
-        }
-    }
-  }
 }
 
 // ---- one tile of rows, forward and backward --------------------------------------------------------------------
@@ -266,29 +286,48 @@ inline void forward_tile(const LoraForward& job, int64_t row, int rows, Scratch&
   }
 }
 
-// `sums_A` and `sums_B` are the running sums of this tile's part; null when that gradient is not wanted.
-inline void backward_tile(const LoraBackward& job, int64_t row, int rows, float* sums_A, float* sums_B,
-                          Scratch& scratch) {
+// Rows of scaling dY B and, when grad_B is wanted, of s, as floats for `outer` and `expand`.
+inline void backward_ranks(const LoraBackward& job, int64_t row, int rows, Scratch& scratch) {
   const auto& [m, n, k, r] = job.sizes;
-  const bool drop = job.dropout.seed != nullptr, need_x = job.grad_x.data != nullptr;
-  const float keep_scale = static_cast<float>(job.dropout.scale);
-  const int16_t* masks = drop ? scratch.masks : nullptr;
-  if (sums_B) load_ranks(job.s, row, rows, r, scratch.s);
-  clear_ranks(scratch.grad_s, rows, r);
+  const int64_t stride = shrink_ranks(r);
+  if (job.s_floats) load_ranks(job.s, row, rows, r, job.s_floats + row * stride);
+  if (!job.grad_s) return;
+  float* grad_s = job.grad_s + row * stride;
+  clear_ranks(grad_s, rows, r);
   for (int64_t column = 0; column < n; column += kTileColumns) {
     const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, n - column));
     load_tile(job.grad_y, row, rows, column, columns, nullptr, 1.0f, scratch.tile);
-    if (sums_A || need_x) shrink(scratch.tile, kTileStride, rows, columns, job.packed_B, column, n, r, scratch.grad_s);
-    if (sums_B) outer(scratch.s, r, scratch.tile, kTileStride, rows, columns, sums_B + column, outer_stride(n));
+    shrink(scratch.tile, kTileStride, rows, columns, job.packed_B, column, n, r, grad_s);
   }
-  scale_ranks(scratch.grad_s, rows, r, static_cast<float>(job.scaling));
-  if (!sums_A && !need_x) return;
-  for (int64_t column = 0; column < k; column += kTileColumns) {
-    const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, k - column));
-    if (drop) tile_masks(job.dropout, k, row, rows, column, columns, scratch.masks);
-    if (need_x) expand(scratch.grad_s, r, job.packed_A, masks, keep_scale, job.grad_x, row, rows, column, columns);
-    if (!sums_A) continue;
+  scale_ranks(grad_s, rows, r, static_cast<float>(job.scaling));
+}
+
+// One block of columns of x over some rows: adds its share of dx, and of dA to `sums` (null: not wanted).
+inline void backward_x_block(const LoraBackward& job, int64_t row, int64_t end, int64_t column, float* sums,
+                             Scratch& scratch) {
+  const auto& [m, n, k, r] = job.sizes;
+  const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, k - column));
+  const float keep_scale = static_cast<float>(job.dropout.scale);
+  const int16_t* masks = job.dropout.seed ? scratch.masks : nullptr;
+  for (; row < end; row += kTileRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, end - row));
+    const float* grad_s = job.grad_s + row * shrink_ranks(r);
+    if (masks) tile_masks(job.dropout, k, row, rows, column, columns, scratch.masks);
+    if (job.grad_x.data) expand(grad_s, r, job.packed_A, masks, keep_scale, job.grad_x, row, rows, column, columns);
+    if (!sums) continue;
     load_tile(job.x, row, rows, column, columns, masks, keep_scale, scratch.tile);
-    outer(scratch.grad_s, r, scratch.tile, kTileStride, rows, columns, sums_A + column, outer_stride(k));
+    outer(grad_s, r, scratch.tile, kTileStride, rows, columns, sums, outer_stride(k));
+  }
+}
+
+// The same for a block of columns of dY: dBᵀ.
+inline void backward_y_block(const LoraBackward& job, int64_t row, int64_t end, int64_t column, float* sums,
+                             Scratch& scratch) {
+  const auto& [m, n, k, r] = job.sizes;
+  const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, n - column));
+  for (; row < end; row += kTileRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kTileRows, end - row));
+    load_tile(job.grad_y, row, rows, column, columns, nullptr, 1.0f, scratch.tile);
+    outer(job.s_floats + row * shrink_ranks(r), r, scratch.tile, kTileStride, rows, columns, sums, outer_stride(n));
   }
 }

@@ -34,6 +34,18 @@ inline void store(void* target, Vector value) {
 
 inline Floats splat(float value) { return value - Floats{}; }
 
+// f(0), f(1), ... with constant arguments. A loop would be unrolled too late for an array of accumulators that it indexes
+// to be kept in registers.
+template <class Function, int... indices>
+PEFT_KERNELS_INLINE void unroll(Function f, std::integer_sequence<int, indices...>) {
+  (f(std::integral_constant<int, indices>{}), ...);
+}
+
+template <int count, class Function>
+PEFT_KERNELS_INLINE void unrolled(Function f) {
+  unroll(f, std::make_integer_sequence<int, count>{});
+}
+
 // ---- element types ---------------------------------------------------------------------------------------------
 
 struct Float32 {

@@ -13,15 +13,18 @@ SCHEMAS = {"splitk_reduce": "(Tensor partials, float scale, ScalarType dtype) ->
 
 
 class Problem(NamedTuple):
+    """`dtype` is that of the result, `source` that of the partials."""
+
     device: str
     dtype: torch.dtype
     parts: int
     numel: int
+    source: torch.dtype
 
 
 def problem(partials: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None) -> Problem:
-    parts = partials.shape[0]
-    return Problem(partials.device.type, dtype or partials.dtype, parts, partials.numel() // parts if parts else 0)
+    parts, source = partials.shape[0], partials.dtype
+    return Problem(partials.device.type, dtype or source, parts, partials.numel() // parts if parts else 0, source)
 
 
 def kernel(partials: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def unsupported(problem) -> str | None:
     if problem.device != "cuda":
         return f"for CUDA tensors; partials are on {problem.device}"
+    if problem.source != torch.float32:
+        return f"for float32 partials; these are {problem.source}"
     if problem.dtype not in DTYPES:
         return f"no result in {problem.dtype}"
     return _native.why_not("_cuda")
