@@ -64,7 +64,8 @@ def lora_linear(
             scaled by 1 / (1 - p). The probability is rounded to a multiple of 1/65536.
         training: no dropout when False.
         seed: an integer or an int64 tensor [1] on x's device that fixes the dropout mask. None draws one from torch's
-            generator of that device, so that `torch.manual_seed` and activation checkpointing reproduce it.
+            generator of that device, so that `torch.manual_seed` and activation checkpointing reproduce it. Not for
+            DTensors (tensor parallel), whose masks `torch.nn.functional.dropout` draws.
 
     Returns:
         y: [..., out_features] in x's dtype (the autocast dtype under autocast, as `F.linear`).
@@ -79,6 +80,8 @@ def lora_linear(
         scaling, dropout_p = scaling * 1.0, dropout_p * 1.0  # integers, fractions, symbolic numbers of torch.compile
     drop = training and dropout_p > 0
     if type(weight) not in _PLAIN and _is_dtensor(x, weight, lora_A, lora_B):
+        if drop and seed is not None:
+            raise ValueError("lora_linear: seed is given, but the tensors are DTensors, whose masks torch draws")
         return _lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p if drop else 0.0)
     if not drop:
         return ops.lora_linear.lora_linear(x, weight, bias, lora_A, lora_B, scaling, 0.0, None)

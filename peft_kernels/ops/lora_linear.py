@@ -160,8 +160,8 @@ def _gradients(ctx, grad_y, saved):
 
 class _NotTwice(torch.autograd.Function):
     """Identity on the first `count` tensors. The others are what those depend on: they connect the graph to the
-    parameters. `once_differentiable` connects grad_y only: with y.sum(), whose grad_y is constant, a gradient penalty would vanish
-    from the parameters' gradients without a word."""
+    parameters. `once_differentiable` connects grad_y only: with y.sum(), whose grad_y is constant, a gradient penalty
+    would vanish from the parameters' gradients without a word."""
 
     @staticmethod
     def forward(ctx, count, *tensors):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
-from peft_kernels import FusedLoRALinear
+from peft_kernels import FusedLoRALinear, functional
 from tests.distributed.model import CLASSES, FEATURES, HIDDEN, full
 from tests.helpers import relative_error
 
@@ -143,3 +143,21 @@ def test_gathered_parameters_have_full_shapes(workers):
         assert state["lora_A"][0] == (3, FEATURES)
         for name, parameter in plain.named_parameters():
             assert torch.equal(state[name][1], parameter)
+
+
+def seeded_dropout(rank):
+    pair = build()
+    parallelise(pair.up, COLUMN, Replicate(), Shard(-1))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x = DTensor.from_local(torch.ones(2, FEATURES), mesh, [Replicate()])
+    try:
+        functional.lora_linear(x, pair.up.weight, pair.up.lora_A, pair.up.lora_B, dropout_p=0.5, seed=1)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_seed_is_refused(workers):
+    """The masks of DTensors are torch's own: a seed would be ignored without a word."""
+    for answer in workers.run(seeded_dropout):
+        assert answer.startswith("lora_linear: seed is given")
