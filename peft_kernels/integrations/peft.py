@@ -5,6 +5,9 @@ children's tensors instead, which is the same only as long as calling them would
 time (hooks, parallelism wrappers, a second adapter, merging), so `_operands` tests it at every call.
 """
 
+# `parameters.get("weight", base.weight)` would look up the attribute also where it is not needed:
+# ruff: noqa: SIM401
+
 from __future__ import annotations
 
 import itertools
@@ -105,18 +108,26 @@ def _operands(layer: Any, x: Tensor | None) -> tuple | str:
     if (type(base), type(a), type(b), type(dropout)) not in _FUSIBLE:
         return _type_objection(base, a, b, dropout)
     for child in (base, a, b, dropout):
+        state = child.__dict__
         if (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
-            or "forward" in child.__dict__
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
         ):
             return _hook_objection(base, a, b, dropout)
     if not layer.cast_input_dtype_enabled or has_global_hook() or in_transform():
         return _surroundings_objection(layer)
-    weight, bias, lora_A = _read(base, "weight"), _read(base, "bias"), _read(a, "weight")
-    lora_B, lora_bias = _read(b, "weight"), _read(b, "bias")
+    # What is not a parameter is an attribute: FSDP1, DataParallel and hypernetworks put the tensor of the moment there.
+    parameters = base._parameters
+    weight = parameters["weight"] if "weight" in parameters else base.weight
+    bias = parameters["bias"] if "bias" in parameters else base.bias
+    parameters = a._parameters
+    lora_A = parameters["weight"] if "weight" in parameters else a.weight
+    parameters = b._parameters
+    lora_B = parameters["weight"] if "weight" in parameters else b.weight
+    lora_bias = parameters["bias"] if "bias" in parameters else b.bias
     scaling, dtype = layer.scaling[name], weight.dtype
     if (
         (type(weight), type(lora_A), type(lora_B)) not in _PLAIN_TRIPLES
@@ -136,12 +147,6 @@ def _operands(layer: Any, x: Tensor | None) -> tuple | str:
             return "lora_dropout works in place"
         dropout_p = dropout.p
     return weight.t() if type(base) is Conv1D else weight, bias, lora_A, lora_B, scaling, dropout_p
-
-
-def _read(module: nn.Module, name: str) -> Any:
-    parameters = module._parameters
-    # FSDP1 and DataParallel put the tensor of the moment beside the parameters, where getattr finds it.
-    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _surroundings_objection(layer: Linear) -> str:
