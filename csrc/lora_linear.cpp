@@ -107,6 +107,12 @@ void pack_for_expand(Weights w, int64_t columns, int64_t r, float* packed) {
     PEFT_KERNELS_DISPATCH(pack_expand, w, columns, r, i * kPackStep, std::min(columns, (i + 1) * kPackStep), packed);
 }
 
+// Starting a thread pays for itself from about 2 us of work on.
+int useful_threads(const LoraSizes& sizes, int threads) {
+  const double work = static_cast<double>(sizes.m) * static_cast<double>(sizes.n + sizes.k) * static_cast<double>(sizes.r);
+  return std::clamp(static_cast<int>(std::min(work / 65536.0, 1e6)), 1, std::max(threads, 1));
+}
+
 int tile_rows(const LoraSizes& sizes, int64_t tile) {
   return static_cast<int>(std::min<int64_t>(kTileRows, sizes.m - tile * kTileRows));
 }
@@ -159,6 +165,7 @@ struct Sums {
 
 void lora_forward(LoraSizes sizes, Matrix x, Matrix y, Matrix s, Matrix lora_A, Matrix lora_B, double scaling,
                   Dropout dropout, int threads) {
+  threads = useful_threads(sizes, threads);
   const auto packed_A = allocate<float>(PEFT_KERNELS_DISPATCH(shrink_pack_size, sizes.k, sizes.r));
   const auto packed_B = allocate<float>(PEFT_KERNELS_DISPATCH(expand_pack_size, sizes.n, sizes.r));
   const auto scratch = allocate<Scratch>(threads);
@@ -176,6 +183,7 @@ void lora_forward(LoraSizes sizes, Matrix x, Matrix y, Matrix s, Matrix lora_A, 
 
 void lora_backward(LoraSizes sizes, Matrix grad_y, Matrix x, Matrix s, Matrix lora_A, Matrix lora_B, double scaling,
                    Dropout dropout, Matrix grad_x, Matrix grad_A, Matrix grad_B, int threads) {
+  threads = useful_threads(sizes, threads);
   const int64_t tiles = steps(sizes.m, kTileRows), parts = number_of_parts(sizes);
   const bool need_a = grad_A.data != nullptr, need_b = grad_B.data != nullptr;
   const bool need_s = need_a || grad_x.data != nullptr;

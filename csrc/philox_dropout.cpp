@@ -13,6 +13,8 @@ namespace peft_kernels {
 void philox_dropout(Matrix x, void* out, int64_t rows, int64_t columns, int64_t row_offset, Dropout dropout,
                     int threads) {
   const int64_t runs = (columns + kDropoutRun - 1) / kDropoutRun, size = element_size(x.dtype);
+  // Starting a thread pays for itself from a few runs on.
+  threads = static_cast<int>(std::clamp<int64_t>(rows * columns / (8 * kDropoutRun), 1, std::max(threads, 1)));
   const uint64_t seed = static_cast<uint64_t>(*dropout.seed);
   const uint64_t groups = static_cast<uint64_t>(philox_groups(columns));
 #pragma omp parallel for schedule(static) num_threads(threads)
