@@ -19,7 +19,7 @@ AVX2 server, PyTorch 2.13 with MKL; the base matmuls are the same in both and no
 
 MKL's products are slow where one side is below 16 and near their peak from 16 on; PyTorch's 16-bit ones are slow on a
 processor without 16-bit matrix instructions; dropout in registers always saves passes. Of the whole layer with its base
-matmuls the low-rank half is 5 to 30 %: at 512 x 1024 x 1024, r = 8, forward and backward take 0.91 of the composed time.
+matmuls the low-rank half is 5 to 30 %: at 512 x 1024 x 1024, r = 8, forward and backward take 0.91 of the composed.
 """
 
 from __future__ import annotations
