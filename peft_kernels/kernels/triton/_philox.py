@@ -1,7 +1,7 @@
 """The library's dropout mask inside a kernel: Philox 4x32-10, one call for 8 neighbours of a row.
 
 Specification: `kernels/reference/philox_dropout.py`. One call per 8 elements costs about 16 instructions an element,
-which the memory pass of the down-projection hides; one call per element (`tl.rand`) costs 54.
+close to what a pass over memory hides; one call per element (`tl.rand`) costs 54.
 """
 
 from __future__ import annotations

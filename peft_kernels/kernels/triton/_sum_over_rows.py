@@ -42,19 +42,19 @@ def sum_over_rows(
         _launch.launch(
             _sum_over_rows, (tiles, splits), x.device,
             low, x, partials, seed, m, k, r, m_per_split, *low.stride(), *x.stride(), *strides,
-            -(-k // LANES), threshold(dropout_p), scale(dropout_p),
+            -(-k // LANES), threshold(dropout_p),
             PRECISION=_launch.dot_precision(x.dtype), **{**config.options(), "BLOCK_R": block_r},
         )  # fmt: skip
-    return torch.ops.peft_kernels.splitk_reduce(partials, scaling, dtype)
+    return torch.ops.peft_kernels.splitk_reduce(partials, scaling * scale(dropout_p), dtype)
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "m_per_split"])
 def _sum_over_rows(
     low, x, out, seed, M, K, R, m_per_split, stride_lm, stride_lr, stride_xm, stride_xk, stride_or, stride_ok,
-    groups, threshold, scale,
+    groups, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[split] (R K numbers, strides given) = the sum over this split's rows of lowᵀ drop(x); no seed, no dropout."""
+    """out[split] (R K numbers, strides given) = lowᵀ x over this split's rows; x is masked when there is a seed."""
     pid, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks_r = tl.cdiv(R, BLOCK_R)  # the rank blocks of the same columns run together and share x in L2
     column = pid // blocks_r * BLOCK_K
@@ -80,7 +80,7 @@ def _sum_over_rows(
         low_tile = tl.load(low_pointers, mask=ranks_in[:, None] & rows_in[None, :], other=0.0)
         if seed is not None:
             keep = kept(key, row + tl.arange(0, BLOCK_M), column, groups, threshold, BLOCK_M, BLOCK_K)
-            x_tile = tl.where(keep, x_tile.to(tl.float32) * scale, 0.0).to(x_tile.dtype)
+            x_tile = tl.where(keep, x_tile, tl.zeros_like(x_tile))
         total = tl.dot(low_tile, x_tile, total, input_precision=PRECISION)
         x_pointers += x_step
         low_pointers += low_step

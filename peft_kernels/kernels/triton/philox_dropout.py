@@ -1,7 +1,7 @@
 """Dropout with the recomputable mask as one elementwise Triton kernel.
 
-Floor: one read and one write of x; at 4.3 TB/s, M=8192, K=4096, bf16: 31 us. The Philox rounds, about 16 instructions
-an element, need 0.12 clocks an element and SM against 0.22 for the memory, so they hide behind it.
+Floor: one read and one write of x; at 4.3 TB/s, M=8192, K=4096, bf16: 31 us. The kernel has about 23 instructions an
+element, 0.18 clocks of an SM's 128 lanes against 0.22 for the memory, so the Philox rounds hide behind it.
 """
 
 from __future__ import annotations

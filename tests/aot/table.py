@@ -1,0 +1,60 @@
+"""Prints what the kernels became for one architecture, for docs/kernels.md: `python -m tests.aot.table sm_90`."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests.aot.test_compile_lora_linear import BF16, Case, _chosen, _compiled
+
+HEADS = ("result", "kernel", "r", "tile", "warps, stages", "registers", "spilled", "shared KiB", "tensor", "copies")
+
+LAUNCHES = (
+    ("S = x Aᵀ", "down_projection", "S", False, 16),
+    ("S = drop(x) Aᵀ", "down_projection", "S", True, 16),
+    ("S = drop(x) Aᵀ", "down_projection", "S", True, 128),
+    ("y", "extended_gemm_tma", "y", False, 16),
+    ("dX", "extended_gemm_tma", "dX", False, 16),
+    ("dX, dropout", "extended_gemm_tma", "dX", True, 16),
+    ("dX, dropout", "extended_gemm_tma", "dX", True, 128),
+    ("y", "extended_gemm", "y", False, 16),
+    ("dX", "extended_gemm", "dX", False, 16),
+    ("dX, dropout", "extended_gemm", "dX", True, 16),
+    ("dS and dB", "grad_s_b", "dS+dB", False, 16),
+    ("dA", "sum_over_rows", "dA", False, 16),
+    ("dA, dropout", "sum_over_rows", "dA", True, 16),
+    ("dA, dropout", "sum_over_rows", "dA", True, 128),
+)
+
+
+def _row(label: str, case: Case, config) -> tuple:
+    with pytest.MonkeyPatch.context() as patch:
+        machine = _compiled(patch, case)
+    tile = "x".join(str(getattr(config, f"block_{d}")) for d in "mnk" if hasattr(config, f"block_{d}"))
+    bulk, wide = machine.bulk_copies, machine.wide_copies
+    return (
+        label,
+        f"`{case.kernel}`",
+        case.r,
+        tile,
+        f"{machine.warps}, {config.num_stages}",
+        machine.registers,
+        machine.local_bytes,
+        round(machine.shared_bytes / 1024),
+        f"{machine.count(machine.tensor_core)} {machine.tensor_core}",
+        f"{bulk} TMA" if bulk else f"{wide} of {machine.copies} 16 B",
+    )
+
+
+def main(arch: str) -> None:
+    print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
+    for label, kernel, form, dropout, r in LAUNCHES:
+        case = Case(kernel, arch, BF16, dropout, 8192, r, form)
+        config = _chosen(case)
+        if config is not None:
+            print(f"| {' | '.join(map(str, _row(label, case, config)))} |")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
