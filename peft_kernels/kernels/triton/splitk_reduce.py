@@ -14,7 +14,7 @@ from peft_kernels.kernels.triton import _launch
 
 
 def unsupported(problem) -> str | None:
-    return _launch.unavailable(problem.device, None, problem.dtype)
+    return _launch.unavailable(problem.device, None, problem.dtype, problem.source)
 
 
 def unproven(problem) -> str | None:
