@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,8 @@ def test_an_installation_without_benchmarks_is_told_so(tmp_path, monkeypatch, ca
 
 
 def test_benchmarks_really_run_and_their_report_is_printed(tmp_path, monkeypatch, capfd):
+    for variable in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(variable)  # pytest-benchmark measures nothing in what it takes for a parallel run
     folder = tmp_path / "benchmarks"
     folder.mkdir()
     (folder / "__init__.py").touch()

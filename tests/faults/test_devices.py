@@ -249,7 +249,7 @@ def test_f74_gpus_nobody_has_seen(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
-    _launch._architecture.cache_clear()
+    _launch.gpu_architecture.cache_clear()
     dispatch.forget()
     problem = lora_linear.Problem("cuda", 0, torch.bfloat16, torch.float32, 8192, 4096, 4096, 16, False)
     choice = dispatch.choose("lora_linear", problem)
@@ -259,7 +259,7 @@ def test_f74_gpus_nobody_has_seen(monkeypatch, capability):
     elif choice.backend != "triton":
         assert arch in dict(choice.rejected)["triton"]
     assert choice.backend in ("triton", "composed")
-    _launch._architecture.cache_clear()
+    _launch.gpu_architecture.cache_clear()
     dispatch.forget()
 
 
