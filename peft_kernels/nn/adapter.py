@@ -62,10 +62,13 @@ class AdapterReport:
 
 
 def trainable_parameters(model: nn.Module) -> ParameterCount:
-    """Counts the parameters of a model.
+    """Counts the parameters of a model, each once however many names it has.
+
+    Args:
+        model: any model, with or without adapters.
 
     Returns:
-        (trainable, total), which prints as one line.
+        (trainable, total) in numbers of elements, which prints as one line.
     """
     parameters = list(model.parameters())
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
