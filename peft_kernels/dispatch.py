@@ -29,6 +29,7 @@ BACKENDS = ("reference", "composed", "triton", "cuda", "cpu")
 # Preference of each op, best first.
 ORDER: dict[str, tuple[str, ...]] = {
     "lora_linear": ("triton", "cpu", "composed", "reference"),
+    "lora_linear_group": ("composed", "reference"),
     "philox_dropout": ("cuda", "triton", "cpu", "reference"),
     "splitk_reduce": ("cuda", "triton", "reference"),
 }

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from peft_kernels.ops import lora_linear, philox_dropout, splitk_reduce
+from peft_kernels.ops import lora_linear, lora_linear_group, philox_dropout, splitk_reduce
 
 NAMESPACE = "peft_kernels"
 
-MODULES = (lora_linear, philox_dropout, splitk_reduce)
+MODULES = (lora_linear, lora_linear_group, philox_dropout, splitk_reduce)
 
 SCHEMAS = {name: schema for module in MODULES for name, schema in module.SCHEMAS.items()}
 

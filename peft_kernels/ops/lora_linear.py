@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from peft_kernels import dispatch
+from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
+from peft_kernels.ops._rows import row_bucket, rows, unflatten
 
 SCHEMAS = {
     "lora_linear": (
@@ -38,37 +40,28 @@ class Problem(NamedTuple):
     dropout: bool
 
 
-def _problem(rows: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: bool) -> Problem:
-    device = rows.device
-    m = rows.numel() // max(1, rows.shape[-1])
+def _problem(x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: bool) -> Problem:
     r, k = lora_A.shape
-    bucket = 1 << (m - 1).bit_length() if m > 0 else 0
-    return Problem(device.type, device.index, rows.dtype, lora_A.dtype, bucket, lora_B.shape[0], k, r, dropout)
+    device = x.device
+    return Problem(device.type, device.index, x.dtype, lora_A.dtype, row_bucket(x), lora_B.shape[0], k, r, dropout)
 
 
 def problem(x, weight, lora_A, lora_B, *, dropout_p=0.0, training=True, **_) -> Problem:
     return _problem(x, lora_A, lora_B, training and dropout_p > 0)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(0) if tensor.ndim == 1 else tensor.flatten(0, -2)
-
-
-def _unflatten(rows: Tensor, batch: torch.Size) -> Tensor:
-    # An ordinary view would make autograd refuse in-place changes of the result; nothing else holds `rows`.
-    return torch.ops.aten._unsafe_view(rows, (*batch, rows.shape[-1]))
-
-
-def _select(rows, lora_A, lora_B, dropout):
-    key = (rows.shape, rows.dtype, rows.device, lora_A.shape, lora_A.dtype, lora_B.shape, dropout)
-    return dispatch.select_memoised("lora_linear", key, _problem, rows, lora_A, lora_B, dropout)
+def _select(x, lora_A, lora_B, dropout):
+    key = (x.shape, x.dtype, x.device, lora_A.shape, lora_A.dtype, lora_B.shape, dropout)
+    return dispatch.select_memoised("lora_linear", key, _problem, x, lora_A, lora_B, dropout)
 
 
 def _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)  # the sum of a base and an adapter bias, not yet rounded
     if x.ndim == 2:
         return implementation.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    y, s = implementation.forward(_rows(x), weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    return _unflatten(y, x.shape[:-1]), _unflatten(s, x.shape[:-1])
+    y, s = implementation.forward(rows(x), weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    return unflatten(y, x.shape[:-1]), unflatten(s, x.shape[:-1])
 
 
 def _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
@@ -76,9 +69,9 @@ def _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dro
     if grad_y.ndim == 2:
         return implementation.backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
     batch = grad_y.shape[:-1]
-    rows = (t if t is None else _rows(t) for t in (grad_y, x, s))
-    grad_x, *others = implementation.backward(*rows, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
-    return grad_x if grad_x is None else _unflatten(grad_x, batch), *others
+    flat = (t if t is None else rows(t) for t in (grad_y, x, s))
+    grad_x, *others = implementation.backward(*flat, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    return grad_x if grad_x is None else unflatten(grad_x, batch), *others
 
 
 def kernel(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
@@ -100,9 +93,10 @@ def backward_kernel(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, se
 def backward_fake(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
     batch, (n, k) = grad_y.shape[:-1], weight.shape
     shapes = ((*batch, k), (n, k), (n,), lora_A.shape, lora_B.shape)
-    dtypes = (grad_y.dtype, weight.dtype, grad_y.dtype, lora_A.dtype, lora_B.dtype)
-    rows = zip(shapes, dtypes, needs, strict=True)
-    return [grad_y.new_empty(shape, dtype=dtype) for shape, dtype, need in rows if need]
+    wide = torch.promote_types(torch.float32, grad_y.dtype)
+    dtypes = (grad_y.dtype, weight.dtype, wide, lora_A.dtype, lora_B.dtype)
+    wanted = zip(shapes, dtypes, needs, strict=True)
+    return [grad_y.new_empty(shape, dtype=dtype) for shape, dtype, need in wanted if need]
 
 
 KERNELS = {"lora_linear": (kernel, fake), "lora_linear_backward": (backward_kernel, backward_fake)}
@@ -127,19 +121,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        saved = ctx.saved_tensors
-        if torch._C._is_any_autocast_enabled():  # the forward's casts are done; here they would round float32 sums
-            with torch.autocast(grad_y.device.type, enabled=False):
-                return _first_gradients(ctx, grad_y, saved)
-        return _first_gradients(ctx, grad_y, saved)
-
-
-def _first_gradients(ctx, grad_y, saved):
-    if not torch.is_grad_enabled():
-        return _gradients(ctx, grad_y, saved)
-    with torch.no_grad():
-        grads = _gradients(ctx, grad_y, saved)
-    return _guarded(grads, grad_y, saved)
+        return first_gradients("lora_linear", _gradients, ctx, grad_y, ctx.saved_tensors)
 
 
 def _gradients(ctx, grad_y, saved):
@@ -156,31 +138,6 @@ def _gradients(ctx, grad_y, saved):
         )
     )
     return (*[next(wanted) if need else None for need in needs], None, None, None)
-
-
-class _NotTwice(torch.autograd.Function):
-    """Identity on the first `count` tensors. The others are what those depend on: they connect the graph to the
-    parameters. `once_differentiable` connects grad_y only: with y.sum(), whose grad_y is constant, a gradient penalty
-    would vanish from the parameters' gradients without a word."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "lora_linear: tried to differentiate twice, which is not supported: x Aᵀ is saved as a constant. "
-            "For gradient penalties compute the layer from F.linear instead"
-        )
-
-
-def _guarded(grads, grad_y, saved):
-    """Under create_graph=True: gradients that refuse to be differentiated again."""
-    present = [grad for grad in grads if grad is not None]
-    used = [tensor for tensor in saved if tensor is not None]
-    guarded = iter(_NotTwice.apply(len(present), *present, grad_y, *used))
-    return tuple(None if grad is None else next(guarded) for grad in grads)
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):

@@ -28,7 +28,12 @@ def problem(x: Tensor, p: float = 0.0, seed: object = None, row_offset: int = 0)
 def new_seed(device: torch.device) -> Tensor:
     """A seed [1] (int64) from torch's generator of that device: follows `torch.manual_seed`, checkpointing's saved
     RNG state and CUDA-graph capture, and is never read by the host."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return new_seeds(device, 1)
+
+
+def new_seeds(device: torch.device, count: int) -> Tensor:
+    """As many seeds at once: [count] int64."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 def kernel(x: Tensor, p: float, seed: Tensor, row_offset: int = 0) -> Tensor:

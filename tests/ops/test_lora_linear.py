@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peft_kernels import functional, use_backend
-from peft_kernels.kernels.composed import lora_linear as composed
+from peft_kernels.kernels.composed import _passes
 from tests.backends import everywhere, on_cpu
 from tests.helpers import GRADS, LoraProblem, assert_as_accurate_as_eager, assert_within_rounding
 
@@ -157,7 +157,7 @@ def test_strides_of_the_incoming_gradient(backend, layout):
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)], ids=dtype_id)
 def test_composed_in_blocks_of_rows(monkeypatch, dtypes, rows):
     """The bounded scratch of `composed` splits big batches: same mask, same sums, whatever the block."""
-    monkeypatch.setattr(composed, "SCRATCH_ELEMENTS", rows * 31)
+    monkeypatch.setattr(_passes, "SCRATCH_ELEMENTS", rows * 31)
     problem = LoraProblem(40, 31, 17, 3, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=0.4)
     with use_backend("composed"):
         assert_within_rounding(problem, problem.run())

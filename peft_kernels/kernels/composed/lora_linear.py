@@ -7,41 +7,23 @@ dY W; dS = dY B reads dY; `addmm_` reads and writes dx; dA reads x; dB reads dY.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-# Rows are processed in blocks so that temporaries (dropped-out x, its float32 copy) stay bounded.
-SCRATCH_ELEMENTS = 1 << 24
+from peft_kernels.kernels.composed._passes import add_dropped, cast, down, sum_over_rows, sum_rows
 
 
 def unsupported(problem) -> str | None:
     return None
 
 
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, SCRATCH_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
-
-
-def _drop(rows: Tensor, p: float, seed: Tensor | None, first_row: int) -> Tensor:
-    if seed is None:
-        return rows
-    return torch.ops.peft_kernels.philox_dropout(rows, p, seed, first_row)
-
-
 def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-    a, b = _cast(lora_A, x.dtype), _cast(lora_B, x.dtype)
+    a, b = cast(lora_A, x.dtype), cast(lora_B, x.dtype)
     y = F.linear(x, weight, bias)
     if seed is None:
         s = F.linear(x, a)
     else:
-        s = x.new_empty(x.shape[0], a.shape[0])
-        for block in _row_blocks(*x.shape):
-            torch.mm(_drop(x[block], dropout_p, seed, block.start), a.t(), out=s[block])
+        s = down(x, a, dropout_p, seed, x.new_empty(x.shape[0], a.shape[0]))
     y.addmm_(s, b.t(), alpha=scaling)
     return y, s
 
@@ -50,45 +32,23 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     need_x, need_weight, need_bias, need_a, need_b = needs
     grad_x = grad_weight = grad_bias = grad_a = grad_b = None
     if need_x or need_a:
-        grad_s = torch.mm(grad_y, _cast(lora_B, grad_y.dtype))  # not yet scaled
+        grad_s = torch.mm(grad_y, cast(lora_B, grad_y.dtype))  # not yet scaled
     if need_x:
-        grad_x = _grad_x(grad_y, weight, grad_s, _cast(lora_A, grad_y.dtype), scaling, dropout_p, seed)
+        grad_x = _grad_x(grad_y, weight, grad_s, cast(lora_A, grad_y.dtype), scaling, dropout_p, seed)
     if need_weight:
-        grad_weight = _sum_over_rows(grad_y, x, weight)
+        grad_weight = sum_over_rows(grad_y, x, weight)
     if need_bias:
-        grad_bias = grad_y.sum(0)
+        grad_bias = sum_rows(grad_y)
     if need_a:
-        grad_a = _sum_over_rows(grad_s, x, lora_A, scaling, dropout_p, seed)
+        grad_a = sum_over_rows(grad_s, x, lora_A, scaling, dropout_p, seed)
     if need_b:
-        grad_b = _sum_over_rows(grad_y, s, lora_B, scaling)
+        grad_b = sum_over_rows(grad_y, s, lora_B, scaling)
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _grad_x(grad_y, weight, grad_s, a, scaling, dropout_p, seed):
     grad_x = torch.mm(grad_y, weight)
     if seed is None:
         return grad_x.addmm_(grad_s, a, alpha=scaling)
-    for block in _row_blocks(*grad_x.shape):
-        grad_x[block].add_(_drop(torch.mm(grad_s[block], a), dropout_p, seed, block.start), alpha=scaling)
+    add_dropped(grad_x, grad_s, a, scaling, dropout_p, seed)
     return grad_x
-
-
-def _sum_over_rows(left, right, parameter, scaling=1.0, dropout_p=0.0, seed=None) -> Tensor:
-    """scaling · leftᵀ · drop(right), the gradient of `parameter` [left columns, right columns]: accumulated in at least
-    float32 and rounded once, to the parameter's dtype."""
-    dtype = parameter.dtype
-    if seed is None and left.dtype == dtype:
-        # With beta = 0 the parameter lends its shape only; its values are not read.
-        return torch.addmm(parameter, left.t(), right, beta=0, alpha=scaling)
-    if seed is None and left.is_cuda and dtype == torch.float32:
-        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(scaling)
-    wide = torch.promote_types(torch.float32, left.dtype)
-    total = torch.zeros(parameter.shape, dtype=wide, device=left.device)
-    for block in _row_blocks(*right.shape):
-        rows = _drop(right[block], dropout_p, seed, block.start)
-        total.addmm_(left[block].to(wide).t(), rows.to(wide), alpha=scaling)
-    return total.to(dtype)

@@ -34,7 +34,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     grad_s = scaling * (grad_y @ b)
     grad_x = grad_y @ weight + _drop(grad_s @ a, dropout_p, seed) if need_x else None
     grad_weight = grad_y.t() @ x if need_weight else None
-    grad_bias = grad_y.sum(0) if need_bias else None
+    grad_bias = grad_y.sum(0, dtype=torch.promote_types(torch.float32, grad_y.dtype)) if need_bias else None
     # Sums over M are kept in float32 until the one rounding to the parameter's dtype.
     wide = torch.promote_types(lora_A.dtype, grad_y.dtype)
     grad_a = (grad_s.to(wide).t() @ _drop(x, dropout_p, seed).to(wide)).to(lora_A.dtype) if need_a else None

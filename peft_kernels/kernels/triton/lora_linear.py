@@ -53,7 +53,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     if need_a:
         grad_a = sum_over_rows(grad_s, x, scaling, lora_A.dtype, dropout_p, seed)
     grad_weight = torch.mm(grad_y.t(), x) if need_weight else None
-    grad_bias = grad_y.sum(0) if need_bias else None
+    grad_bias = grad_y.sum(0, dtype=torch.promote_types(torch.float32, grad_y.dtype)) if need_bias else None
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 

@@ -1,7 +1,7 @@
-"""One documented function per op: checks shapes, dtypes and devices, then calls the op.
+"""`lora_linear`: a linear layer with a low-rank update beside it.
 
-The checks come in two parts so that they cost about 2 µs: one boolean expression that is true of every valid
-call, and a function that finds out what is wrong only when it was false.
+The checks come in two parts so that they cost about 2 µs: one boolean expression that is true of every valid call,
+and a function that finds out what is wrong only when it was false.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from peft_kernels.checks import (
     check_probability,
     check_rank,
     check_same_dtype,
-    check_seed,
     check_shape,
 )
-
-__all__ = ["lora_linear", "philox_dropout", "splitk_reduce"]
+from peft_kernels.functional.philox_dropout import seed_tensor
 
 _PLAIN = frozenset((Tensor, Parameter))
 
@@ -40,13 +38,15 @@ def lora_linear(
     *,
     scaling: float = 1.0,
     bias: Tensor | None = None,
+    lora_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = True,
     seed: int | Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> Tensor:
     """A linear layer with a low-rank update beside it, forward and backward in the fewest passes over memory.
 
-    y = x Wᵀ + b + scaling · (drop(x) Aᵀ) Bᵀ
+    y = x Wᵀ + b + scaling · ((drop(x) Aᵀ) Bᵀ + lora_bias)
 
     Between forward and backward only x, the [..., r] product drop(x) Aᵀ and the seed are kept (LoRA, Hu et al. 2021,
     https://arxiv.org/abs/2106.09685, in the layout of Hugging Face PEFT). The dropout mask is recomputed from the seed
@@ -60,12 +60,15 @@ def lora_linear(
         lora_B: [out_features, r] in lora_A's dtype.
         scaling: s, usually lora_alpha / r.
         bias: [out_features] in x's dtype, or None.
+        lora_bias: [out_features] in lora_B's dtype, or None; scaling · lora_bias is added (PEFT's `lora_bias=True`).
         dropout_p: the probability, in [0, 1], that an element of x is zeroed for the low-rank branch; kept ones are
             scaled by 1 / (1 - p). The probability is rounded to a multiple of 1/65536.
         training: no dropout when False.
         seed: an integer or an int64 tensor [1] on x's device that fixes the dropout mask. None draws one from torch's
             generator of that device, so that `torch.manual_seed` and activation checkpointing reproduce it. Not for
             DTensors (tensor parallel), whose masks `torch.nn.functional.dropout` draws.
+        token_mask: boolean, x's shape without its last dimension, or None. Where it is False the row gets no low-rank
+            update (activated LoRA, Greenewald et al. 2025, https://arxiv.org/abs/2504.12397).
 
     Returns:
         y: [..., out_features] in x's dtype (the autocast dtype under autocast, as `F.linear`).
@@ -75,78 +78,24 @@ def lora_linear(
             should be.
         TypeError: an argument is of the wrong type or dtype.
     """
+    if token_mask is not None:
+        return _with_token_mask(
+            x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask
+        )
     if not _lora_linear_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
         _explain_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         scaling, dropout_p = scaling * 1.0, dropout_p * 1.0  # integers, fractions, symbolic numbers of torch.compile
+    if lora_bias is not None:
+        bias = _joint_bias(weight, bias, lora_B, lora_bias, scaling)
     drop = training and dropout_p > 0
-    if type(weight) not in _PLAIN and _is_dtensor(x, weight, lora_A, lora_B):
+    if type(weight) not in _PLAIN and is_dtensor(x, weight, lora_A, lora_B):
         if drop and seed is not None:
             raise ValueError("lora_linear: seed is given, but the tensors are DTensors, whose masks torch draws")
-        return _lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p if drop else 0.0)
+        return lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p if drop else 0.0)
     if not drop:
         return ops.lora_linear.lora_linear(x, weight, bias, lora_A, lora_B, scaling, 0.0, None)
-    seed = _seed_tensor("lora_linear", seed, x.device)
+    seed = seed_tensor("lora_linear", seed, x.device)
     return ops.lora_linear.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-
-
-def philox_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
-    """Dropout whose mask is a pure function of (seed, element), the same bits in every implementation.
-
-    y[m, k] = x[m, k] / (1 - p) where lane(seed, m, k) >= round(65536 p), else 0, with the 16-bit lanes of Philox
-    4x32-10 (Salmon et al., SC 2011; layout in `kernels/reference/philox_dropout.py`). Backward keeps only the seed.
-
-    Args:
-        x: [..., K]; m counts the rows of x flattened to two dimensions.
-        p: probability, in [0, 1], that an element is zeroed.
-        seed: integer, int64 tensor [1] on x's device, or None to draw one from torch's generator.
-
-    Returns:
-        A new contiguous tensor of x's shape and dtype.
-
-    Raises:
-        ValueError: p is outside [0, 1], x has no dimension, or the seed's shape or device does not fit.
-        TypeError: x is not a floating-point tensor or the seed is not an integer.
-    """
-    check_floating("philox_dropout", "x", x)
-    if x.ndim == 0:
-        raise ValueError("philox_dropout: x has no dimensions; expected (..., K)")
-    check_probability("philox_dropout", "p", p)
-    return ops.philox_dropout.philox_dropout(x, float(p), _seed_tensor("philox_dropout", seed, x.device))
-
-
-def splitk_reduce(partials: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-    """Sums the partial results of a split reduction in a fixed order: the same bits run to run, with no atomics.
-
-    y = dtype(scale · (((0 + partials[0]) + partials[1]) + ...)), summed in float32, rounded once.
-
-    Args:
-        partials: [P, ...] float32 (float64 on the reference), one partial result per split.
-        scale: factor applied to the sum before the rounding.
-        dtype: dtype of the result; None keeps that of `partials`.
-
-    Returns:
-        A new tensor of shape partials.shape[1:]; zeros when P = 0.
-
-    Raises:
-        ValueError: partials has no dimensions, or scale is not finite.
-        TypeError: partials is not a floating-point tensor, or dtype is not floating-point.
-    """
-    check_floating("splitk_reduce", "partials", partials)
-    if partials.ndim == 0:
-        raise ValueError("splitk_reduce: partials has no dimensions; expected (P, ...)")
-    if dtype is not None and dtype not in FLOATS:
-        raise TypeError(f"splitk_reduce: dtype is {dtype}; expected a floating-point dtype")
-    check_finite("splitk_reduce", "scale", scale)
-    return ops.splitk_reduce.splitk_reduce(partials, float(scale), dtype or partials.dtype)
-
-
-def _seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return ops.philox_dropout.new_seed(device)
-    check_seed(op, seed, device)
-    if isinstance(seed, Tensor):
-        return seed.reshape(1)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _lora_linear_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
@@ -202,13 +151,39 @@ def _explain_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p) ->
     check_probability(op, "dropout_p", dropout_p)
 
 
-def _is_dtensor(*tensors: Tensor) -> bool:
+def _joint_bias(weight, bias, lora_B, lora_bias, scaling) -> Tensor:
+    """bias + scaling · lora_bias. In float32 beside a 16-bit weight: the op rounds it once, and sums its gradient."""
+    check_floating("lora_linear", "lora_bias", lora_bias)
+    n = weight.shape[0]
+    check_shape("lora_linear", "lora_bias", lora_bias, (n,), f"weight has {n} output features")
+    check_same_dtype("lora_linear", "lora_bias", lora_bias, lora_B.dtype, "lora_B")
+    check_device("lora_linear", "lora_bias", lora_bias, weight.device)
+    return scaling * lora_bias if bias is None else torch.add(bias, lora_bias, alpha=scaling)
+
+
+def _with_token_mask(
+    x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask
+) -> Tensor:
+    """By the op for groups, which knows of masks, so that a call without one stays lean."""
+    from peft_kernels.functional.lora_linear_group import lora_linear_group
+
+    (y,) = lora_linear_group(
+        x, (weight,), (lora_A,), (lora_B,), scalings=scaling, biases=(bias,), dropout_p=dropout_p, training=training,
+        seed=seed, token_mask=token_mask,
+    )  # fmt: skip
+    if lora_bias is None:
+        return y
+    shift = _joint_bias(weight, None, lora_B, lora_bias, scaling)
+    return y + torch.where(token_mask.unsqueeze(-1), shift.to(y.dtype), 0.0)
+
+
+def is_dtensor(*tensors: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def _lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> Tensor:
+def lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> Tensor:
     """Sharded tensors (tensor parallel) take the formula in PyTorch's own ops, whose sharding rules DTensor knows."""
     dropped = F.dropout(x, dropout_p) if dropout_p else x
     low_rank = F.linear(F.linear(dropped, lora_A.to(x.dtype)), lora_B.to(x.dtype))
