@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -10,26 +11,39 @@ pytest.importorskip("peft", reason="needs Hugging Face PEFT: pip install 'peft-k
 
 from peft_kernels import functional
 
+OPS = [name for name in functional.__all__ if "lora" in name]
+
 
 class Calls:
-    """How often `functional.lora_linear` was called."""
+    """How often the functions of `functional` were called, and for how many layers."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.layers = 0
+        self._ops: Counter[str] = Counter()
 
     def __call__(self) -> int:
-        """The number of calls since the last time."""
-        count, self.count = self.count, 0
-        return count
+        """The number of layers that were computed since the last time: a group counts each adapted projection."""
+        layers, self.layers = self.layers, 0
+        return layers
+
+    def ops(self) -> dict[str, int]:
+        """Name of each function of `functional` that was called -> how often, since the last time."""
+        ops, self._ops = self._ops, Counter()
+        return dict(ops)
+
+    def watch(self, name: str, original):
+        def counted(*args, **kwargs):
+            self._ops[name] += 1
+            several = name in ("lora_linear_group", "lora_swiglu_mlp")
+            self.layers += sum(lora_A is not None for lora_A in args[2]) if several else 1
+            return original(*args, **kwargs)
+
+        return counted
 
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    calls, original = Calls(), functional.lora_linear
-
-    def counted(*args, **kwargs):
-        calls.count += 1
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(functional, "lora_linear", counted)
+    calls = Calls()
+    for name in OPS:
+        monkeypatch.setattr(functional, name, calls.watch(name, getattr(functional, name)))
     return calls

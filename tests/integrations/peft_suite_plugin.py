@@ -32,28 +32,34 @@ def pytest_configure(config: pytest.Config) -> None:
     import peft.tuners.lora.model as lora_model
 
     from peft_kernels import functional
-    from peft_kernels.integrations import peft as integration
+    from peft_kernels.integrations import _peft_linear as linear
 
-    dispatch, lora_linear, record = lora_model.dispatch_default, functional.lora_linear, integration._record
+    dispatch, record = lora_model.dispatch_default, linear.record
 
     def accelerated(*args, **kwargs):
         layer = dispatch(*args, **kwargs)
-        if type(layer) is integration.Linear:
-            layer.__class__ = integration.FusedPeftLinear
+        if type(layer) is linear.Linear:
+            layer.__class__ = linear.FusedPeftLinear
             _CALLS["layers"] += 1
         return layer
-
-    def counted(*args, **kwargs):
-        _CALLS["fused calls"] += 1
-        return lora_linear(*args, **kwargs)
 
     def recorded(layer, reason):
         _CALLS[f"PEFT's own code, {reason}"] += 1
         return record(layer, reason)
 
     lora_model.dispatch_default = accelerated
-    functional.lora_linear = counted
-    integration._record = recorded
+    linear.record = recorded
+    for name in ("lora_linear", "lora_linear_group"):
+        setattr(functional, name, _counted(name, getattr(functional, name)))
+
+
+def _counted(name, original):
+    def counted(*args, **kwargs):
+        _CALLS["fused calls"] += 1
+        _CALLS[f"calls of {name}"] += 1
+        return original(*args, **kwargs)
+
+    return counted
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

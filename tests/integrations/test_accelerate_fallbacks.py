@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import VeloraConfig
 from torch import nn
 
 from peft_kernels import accelerate
@@ -36,8 +37,15 @@ def merged(model):
     model.merge_adapter()
 
 
-def two_active(model):
+def two_active_with_a_variant(model):
+    add(model, "other", use_dora=True)
+    model.base_model.set_adapter(["default", "other"])
+
+
+def two_active_of_two_dtypes(model):
     add(model, "other")
+    for layer in (model.base_model.model.first, model.base_model.model.second):
+        layer.lora_A["other"].double(), layer.lora_B["other"].double()
     model.base_model.set_adapter(["default", "other"])
 
 
@@ -55,10 +63,11 @@ def variant(**config):
     return change
 
 
-def lora_bias(model):
+def lora_bias_of_another_dtype(model):
     add(model, "biased", lora_bias=True)
     for layer in (model.base_model.model.first, model.base_model.model.second):
-        nn.init.normal_(layer.lora_B["biased"].bias)
+        bias = nn.init.normal_(layer.lora_B["biased"].bias)
+        bias.data = bias.data.double()
     model.set_adapter("biased")
 
 
@@ -149,11 +158,11 @@ def tensor_subclass(model):
 CASES = [
     (disabled, "adapters are disabled"),
     (merged, "merged"),
-    (two_active, "2 adapters are active"),
+    (two_active_with_a_variant, "2 adapters are active at once, with LoRA variants among them .DoraLinearVariant"),
+    (two_active_of_two_dtypes, "several dtypes .torch.float32, torch.float64"),
     (none_active_here, "no active adapter"),
     (variant(use_dora=True), "DoraLinearVariant"),
-    (variant(init_lora_weights="mica"), "MiCALinearVariant"),
-    (lora_bias, "lora_bias"),
+    (variant(velora_config=VeloraConfig(num_groups=4)), "VeloraLinearVariant"),
     (child_hook("base_layer", "register_forward_hook"), "base_layer has hooks"),
     (child_hook("lora_A", "register_forward_pre_hook"), "lora_A has hooks"),
     (child_hook("lora_B", "register_full_backward_hook"), "lora_B has hooks"),

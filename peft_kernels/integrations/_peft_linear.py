@@ -1,0 +1,70 @@
+"""PEFT's `lora.Linear` with a `forward` that computes the whole layer at once."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor
+
+from peft_kernels import functional
+from peft_kernels.integrations._peft_operands import NOTHING_TO_FUSE, operands
+from peft_kernels.integrations.report import Calls
+
+logger = logging.getLogger("peft_kernels")
+
+
+class Site(NamedTuple):
+    """A layer's name in its model, and the record that the layers of the model share."""
+
+    name: str
+    calls: Calls
+
+
+class FusedPeftLinear(Linear):
+    """PEFT's `lora.Linear` with a `forward` that calls `peft_kernels.functional` where that computes the same.
+
+    Made by `accelerate`, which changes the class of an existing layer; all state is PEFT's own.
+    """
+
+    _peft_kernels = Site("a layer", Calls())
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """As PEFT's: x [..., in_features] to [..., out_features]. What has no meaning here goes to PEFT's own code."""
+        found = _with_arguments(self, x, args, kwargs) if args or kwargs else operands(self, x)
+        if type(found) is tuple:
+            weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p = found
+            return functional.lora_linear(
+                x, weight, lora_A, lora_B, scaling=scaling, bias=bias, lora_bias=lora_bias, dropout_p=dropout_p
+            )
+        if isinstance(found, str):
+            record(self, found)
+            return Linear.forward(self, x, *args, **kwargs)
+        return found.output(x)
+
+    def _get_name(self) -> str:
+        return "Linear"  # so that repr says `lora.Linear`, as PEFT's
+
+
+def _with_arguments(layer: FusedPeftLinear, x: Tensor, args: tuple, kwargs: dict) -> Any:
+    if args or kwargs.keys() != {"alora_offsets"}:
+        names = sorted(kwargs) or [f"{len(args)} positional"]
+        return f"the call has arguments besides x ({', '.join(names)})"
+    return operands(layer, x, kwargs["alora_offsets"])
+
+
+def record(layer: Any, reason: str) -> None:
+    """Counts a call of PEFT's own code and logs its reason, the first time. Compiled code is not counted: a counter
+    that changes would make it recompile."""
+    name, calls = layer._peft_kernels
+    if calls.strict and reason not in NOTHING_TO_FUSE:
+        raise RuntimeError(f"{name}: {reason}, which needs PEFT's own code; accelerate(..., strict=True) refuses that")
+    if torch.compiler.is_compiling():
+        return
+    if reason not in calls.fallbacks:
+        logger.warning("%s runs PEFT's own code: %s", name, reason)
+        calls.fallbacks[reason] = Counter()
+    calls.fallbacks[reason][name] += 1
