@@ -30,6 +30,10 @@ BACKENDS = ("reference", "composed", "triton", "cuda", "cpu")
 ORDER: dict[str, tuple[str, ...]] = {
     "lora_linear": ("triton", "cpu", "composed", "reference"),
     "lora_linear_group": ("composed", "reference"),
+    "dora_linear": ("composed", "reference"),
+    "dora_weight_norm": ("composed", "reference"),
+    "gated_activation": ("composed", "reference"),
+    "lora_swiglu_mlp": ("composed", "reference"),
     "philox_dropout": ("cuda", "triton", "cpu", "reference"),
     "splitk_reduce": ("cuda", "triton", "reference"),
 }

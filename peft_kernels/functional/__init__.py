@@ -1,8 +1,21 @@
-"""One documented function per op, each in the file of its name: checks shapes, dtypes and devices, then calls the op."""
+"""One documented function per op, each in the file of its name: checks its arguments, then calls the op."""
 
+from peft_kernels.functional.dora_linear import dora_linear
+from peft_kernels.functional.dora_weight_norm import dora_weight_norm
+from peft_kernels.functional.gated_activation import gated_activation
 from peft_kernels.functional.lora_linear import lora_linear
 from peft_kernels.functional.lora_linear_group import lora_linear_group
+from peft_kernels.functional.lora_swiglu_mlp import lora_swiglu_mlp
 from peft_kernels.functional.philox_dropout import philox_dropout
 from peft_kernels.functional.splitk_reduce import splitk_reduce
 
-__all__ = ["lora_linear", "lora_linear_group", "philox_dropout", "splitk_reduce"]
+__all__ = [
+    "dora_linear",
+    "dora_weight_norm",
+    "gated_activation",
+    "lora_linear",
+    "lora_linear_group",
+    "lora_swiglu_mlp",
+    "philox_dropout",
+    "splitk_reduce",
+]

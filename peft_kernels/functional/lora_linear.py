@@ -82,8 +82,8 @@ def lora_linear(
         return _with_token_mask(
             x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask
         )
-    if not _lora_linear_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
-        _explain_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    if not lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+        explain_lora("lora_linear", x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         scaling, dropout_p = scaling * 1.0, dropout_p * 1.0  # integers, fractions, symbolic numbers of torch.compile
     if lora_bias is not None:
         bias = _joint_bias(weight, bias, lora_B, lora_bias, scaling)
@@ -98,7 +98,8 @@ def lora_linear(
     return ops.lora_linear.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
-def _lora_linear_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
+def lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
+    """Whether the arguments that all LoRA linears have are valid: cheap, and silent about what is not."""
     try:
         n, k = weight.shape
         r, a_k = lora_A.shape
@@ -122,9 +123,8 @@ def _lora_linear_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bo
         return False  # not a tensor, or not of two dimensions: the caller finds out which and says so
 
 
-def _explain_lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> None:
+def explain_lora(op: str, x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> None:
     """Raises for the first argument that does not fit. Returns when all do (integers given for floats)."""
-    op = "lora_linear"
     tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import ops
@@ -26,7 +27,6 @@ from peft_kernels.ops.philox_dropout import new_seeds
 
 _OP = "lora_linear_group"
 Adapters = Sequence["Tensor | Sequence[Tensor] | None"]
-Numbers = "float | Sequence[float | Sequence[float]]"
 
 
 def lora_linear_group(
@@ -74,33 +74,55 @@ def lora_linear_group(
         ValueError: a shape, length, device or number does not fit; the message names the argument.
         TypeError: an argument is of the wrong type or dtype.
     """
+    if not weights:
+        raise ValueError(f"{_OP}: weights is empty; expected at least one")
+    group = flatten_group(_OP, weights, lora_As, lora_Bs, scalings, biases, dropout_p)
+    check_input(_OP, x)
+    check_group(_OP, x, x.shape[-1], group)
+    if token_mask is not None:
+        _check_token_mask(x, token_mask)
+    if is_dtensor(x, *weights, *group.lora_As, *group.lora_Bs):
+        return _on_dtensors(x, group, training, seed, token_mask)
+    dropout_ps, seeds = seeds_tensor(_OP, group, training, seed, x.device)
+    return ops.lora_linear_group.lora_linear_group(
+        x, group.weights, group.biases, group.lora_As, group.lora_Bs, group.scalings, group.outputs, dropout_ps, seeds,
+        token_mask,
+    )  # fmt: skip
+
+
+class Group(NamedTuple):
+    """The arguments with one entry per projection (weights, biases) or per adapter (the others)."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    lora_As: list[Tensor]
+    lora_Bs: list[Tensor]
+    scalings: list[float]
+    outputs: list[int]
+    dropout_ps: list[float]
+
+
+def flatten_group(op, weights, lora_As, lora_Bs, scalings, biases, dropout_p) -> Group:
+    """The nested arguments, flat.
+
+    Raises:
+        ValueError: lengths or nestings do not fit, or a number is out of range.
+        TypeError: a number is none.
+    """
     count = len(weights)
     outputs, flat_As = flat_adapters(lora_As)
     outputs_of_b, flat_Bs = flat_adapters(lora_Bs)
     if outputs_of_b != outputs or len(lora_As) != count or len(lora_Bs) != count:
         raise ValueError(
-            f"{_OP}: lora_As and lora_Bs do not have the same nesting for each of the {count} weights "
+            f"{op}: lora_As and lora_Bs do not have the same nesting for each of the {count} weights "
             f"({_nesting(outputs, lora_As)} and {_nesting(outputs_of_b, lora_Bs)} adapters)"
         )
-    flat_biases = (None,) * count if biases is None else tuple(biases)
+    flat_biases = [None] * count if biases is None else list(biases)
     if len(flat_biases) != count:
-        raise ValueError(f"{_OP}: biases has {len(flat_biases)} entries for {count} weights")
-    flat_scalings = _per_adapter("scalings", scalings, lora_As)
-    dropout_ps = _per_adapter("dropout_p", dropout_p, lora_As)
-    _check(x, weights, flat_biases, flat_As, flat_Bs, outputs, flat_scalings, dropout_ps, token_mask)
-    if is_dtensor(x, *weights, *flat_As, *flat_Bs):
-        return _on_dtensors(
-            x, weights, flat_biases, flat_As, flat_Bs, outputs, flat_scalings,
-            dropout_ps if training else [0.0] * len(flat_As), seed, token_mask,
-        )  # fmt: skip
-    seeds = None
-    if training and any(dropout_ps):
-        seeds = _seeds(seed, len(flat_As), x.device)
-    else:
-        dropout_ps = [0.0] * len(flat_As)
-    return ops.lora_linear_group.lora_linear_group(
-        x, list(weights), list(flat_biases), flat_As, flat_Bs, flat_scalings, outputs, dropout_ps, seeds, token_mask
-    )
+        raise ValueError(f"{op}: biases has {len(flat_biases)} entries for {count} weights")
+    flat_scalings = _per_adapter(op, "scalings", scalings, lora_As)
+    dropout_ps = _per_adapter(op, "dropout_p", dropout_p, lora_As)
+    return Group(list(weights), flat_biases, flat_As, flat_Bs, flat_scalings, outputs, dropout_ps)
 
 
 def flat_adapters(nested: Adapters) -> tuple[list[int], list[Tensor]]:
@@ -118,11 +140,11 @@ def _nesting(outputs: list[int], nested: Adapters) -> str:
     return "/".join(str(outputs.count(j)) for j in range(len(nested))) or "no"
 
 
-def _per_adapter(name: str, values: float | Sequence[Any], lora_As: Adapters) -> list[float]:
+def _per_adapter(op: str, name: str, values: float | Sequence[Any], lora_As: Adapters) -> list[float]:
     """One float for each adapter, from one for all or from the nesting of lora_As."""
     if isinstance(values, Sequence):
         if len(values) != len(lora_As):
-            raise ValueError(f"{_OP}: {name} has {len(values)} entries for {len(lora_As)} weights")
+            raise ValueError(f"{op}: {name} has {len(values)} entries for {len(lora_As)} weights")
     else:
         values = [values] * len(lora_As)
     flat: list[float] = []
@@ -130,52 +152,59 @@ def _per_adapter(name: str, values: float | Sequence[Any], lora_As: Adapters) ->
         adapters = 0 if entry is None else 1 if isinstance(entry, Tensor) else len(entry)
         if isinstance(value, Sequence):
             if len(value) != adapters:
-                raise ValueError(f"{_OP}: {name}[{j}] has {len(value)} entries for {adapters} adapters")
+                raise ValueError(f"{op}: {name}[{j}] has {len(value)} entries for {adapters} adapters")
             flat += value
         else:
             flat += [value] * adapters
     check = check_finite if name == "scalings" else check_probability
     for value in flat:
-        check(_OP, name, value)
+        check(op, name, value)
     return [value * 1.0 for value in flat]
 
 
-def _check(x, weights, biases, lora_As, lora_Bs, outputs, scalings, dropout_ps, token_mask) -> None:
-    check_floating(_OP, "x", x)
+def check_input(op: str, x: Tensor) -> None:
+    check_floating(op, "x", x)
     if x.ndim == 0:
-        raise ValueError(f"{_OP}: x has no dimensions; expected (..., in_features)")
-    if not weights:
-        raise ValueError(f"{_OP}: weights is empty; expected at least one")
-    k, autocast = x.shape[-1], torch.is_autocast_enabled(x.device.type)
-    for j, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        name = f"weights[{j}]"
-        check_floating(_OP, name, weight)
-        check_shape(_OP, name, weight, ("out_features", k), f"x has {k} features")
-        check_device(_OP, name, weight, x.device)
+        raise ValueError(f"{op}: x has no dimensions; expected (..., in_features)")
+
+
+def check_group(op: str, x: Tensor, in_features: int, group: Group, projections: range | None = None) -> None:
+    """Raises for the first tensor that does not fit x's dtype and device or `in_features`.
+
+    Args:
+        projections: the indices of the projections that read this input; None means all.
+    """
+    chosen = range(len(group.weights)) if projections is None else projections
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for j in chosen:
+        name, weight, bias = f"weights[{j}]", group.weights[j], group.biases[j]
+        check_floating(op, name, weight)
+        check_shape(op, name, weight, ("out_features", in_features), f"its input has {in_features} features")
+        check_device(op, name, weight, x.device)
         if not autocast:
-            check_same_dtype(_OP, name, weight, x.dtype, "x")
+            check_same_dtype(op, name, weight, x.dtype, "x")
         if bias is not None:
-            check_floating(_OP, f"biases[{j}]", bias)
-            check_shape(_OP, f"biases[{j}]", bias, weight.shape[:1], f"{name} has {weight.shape[0]} output features")
-            check_same_dtype(_OP, f"biases[{j}]", bias, weight.dtype, name)
-            check_device(_OP, f"biases[{j}]", bias, x.device)
-    for i, (a, b, j) in enumerate(zip(lora_As, lora_Bs, outputs, strict=True)):
-        _check_adapter(x, weights[j], a, b, f"adapter {i} (of weights[{j}])", lora_As[0])
-    if token_mask is not None:
-        _check_token_mask(x, token_mask)
+            check_floating(op, f"biases[{j}]", bias)
+            check_shape(op, f"biases[{j}]", bias, weight.shape[:1], f"{name} has {weight.shape[0]} output features")
+            check_same_dtype(op, f"biases[{j}]", bias, weight.dtype, name)
+            check_device(op, f"biases[{j}]", bias, x.device)
+    for i, j in enumerate(group.outputs):
+        if j in chosen:
+            _check_adapter(op, x, group, i, in_features)
 
 
-def _check_adapter(x, weight, a, b, whose, first) -> None:
-    k, n = x.shape[-1], weight.shape[0]
+def _check_adapter(op: str, x: Tensor, group: Group, i: int, k: int) -> None:
+    a, b, n = group.lora_As[i], group.lora_Bs[i], group.weights[group.outputs[i]].shape[0]
+    whose = f"adapter {i} (of weights[{group.outputs[i]}])"
     for name, tensor in ((f"A of {whose}", a), (f"B of {whose}", b)):
-        check_floating(_OP, name, tensor)
-        check_device(_OP, name, tensor, x.device)
-    check_shape(_OP, f"A of {whose}", a, ("r", k), f"x has {k} features")
+        check_floating(op, name, tensor)
+        check_device(op, name, tensor, x.device)
+    check_shape(op, f"A of {whose}", a, ("r", k), f"its input has {k} features")
     r = a.shape[0]
-    check_rank(_OP, "r", r)
-    check_shape(_OP, f"B of {whose}", b, (n, r), f"the weight has {n} output features and A rank {r}")
-    check_same_dtype(_OP, f"A of {whose}", a, first.dtype, "the first adapter")
-    check_same_dtype(_OP, f"B of {whose}", b, a.dtype, "its A")
+    check_rank(op, "r", r)
+    check_shape(op, f"B of {whose}", b, (n, r), f"the weight has {n} output features and A rank {r}")
+    check_same_dtype(op, f"A of {whose}", a, group.lora_As[0].dtype, "the first adapter")
+    check_same_dtype(op, f"B of {whose}", b, a.dtype, "its A")
 
 
 def _check_token_mask(x: Tensor, token_mask: Any) -> None:
@@ -190,32 +219,39 @@ def _check_token_mask(x: Tensor, token_mask: Any) -> None:
     check_device(_OP, "token_mask", token_mask, x.device)
 
 
-def _seeds(seed: int | Tensor | None, count: int, device: torch.device) -> Tensor:
+def seeds_tensor(
+    op: str, group: Group, training: bool, seed: int | Tensor | None, device: torch.device
+) -> tuple[list[float], Tensor | None]:
+    """(probability of each adapter, their seeds); zeros and None where nothing is dropped."""
+    count = len(group.outputs)
+    if not training or not any(group.dropout_ps):
+        return [0.0] * count, None
     if seed is None:
-        return new_seeds(device, count)
+        return group.dropout_ps, new_seeds(device, count)
     if not isinstance(seed, Tensor):
-        check_seed(_OP, seed, device)
-        return torch.arange(seed, seed + count, dtype=torch.int64, device=device)
+        check_seed(op, seed, device)
+        return group.dropout_ps, torch.arange(seed, seed + count, dtype=torch.int64, device=device)
     if seed.dtype != torch.int64:
-        raise TypeError(f"{_OP}: seed has dtype {seed.dtype}; expected torch.int64")
+        raise TypeError(f"{op}: seed has dtype {seed.dtype}; expected torch.int64")
     if seed.shape != (count,):
-        raise ValueError(f"{_OP}: seed has shape {shape_text(seed.shape)}; expected ({count},), one for each adapter")
-    check_device(_OP, "seed", seed, device)
-    return seed
+        raise ValueError(f"{op}: seed has shape {shape_text(seed.shape)}; expected ({count},), one for each adapter")
+    check_device(op, "seed", seed, device)
+    return group.dropout_ps, seed
 
 
-def _on_dtensors(
-    x, weights, biases, lora_As, lora_Bs, outputs, scalings, dropout_ps, seed, token_mask
-) -> tuple[Tensor, ...]:
+def _on_dtensors(x, group: Group, training, seed, token_mask) -> tuple[Tensor, ...]:
     """Sharded tensors (tensor parallel): each projection in PyTorch's own ops, whose sharding rules DTensor knows."""
-    if seed is not None and any(dropout_ps):
+    if seed is not None and training and any(group.dropout_ps):
         raise ValueError(f"{_OP}: seed is given, but the tensors are DTensors, whose masks torch draws")
-    if token_mask is not None or sorted(set(outputs)) != outputs:
+    if token_mask is not None or sorted(set(group.outputs)) != group.outputs:
         raise ValueError(f"{_OP}: token_mask and several adapters at once are not supported on DTensors")
-    adapters = dict(zip(outputs, zip(lora_As, lora_Bs, scalings, dropout_ps, strict=True), strict=True))
-    return tuple(
-        lora_linear_on_dtensors(x, weight, *adapters[j][:2], adapters[j][2], bias, adapters[j][3])
-        if j in adapters
-        else torch.nn.functional.linear(x, weight, bias)
-        for j, (weight, bias) in enumerate(zip(weights, biases, strict=True))
-    )
+    ys = []
+    for j, (weight, bias) in enumerate(zip(group.weights, group.biases, strict=True)):
+        if j in group.outputs:
+            i = group.outputs.index(j)
+            p = group.dropout_ps[i] if training else 0.0
+            y = lora_linear_on_dtensors(x, weight, group.lora_As[i], group.lora_Bs[i], group.scalings[i], bias, p)
+        else:
+            y = F.linear(x, weight, bias)
+        ys.append(y)
+    return tuple(ys)

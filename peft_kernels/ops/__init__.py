@@ -13,11 +13,29 @@ from typing import Any
 
 import torch
 
-from peft_kernels.ops import lora_linear, lora_linear_group, philox_dropout, splitk_reduce
+from peft_kernels.ops import (
+    dora_linear,
+    dora_weight_norm,
+    gated_activation,
+    lora_linear,
+    lora_linear_group,
+    lora_swiglu_mlp,
+    philox_dropout,
+    splitk_reduce,
+)
 
 NAMESPACE = "peft_kernels"
 
-MODULES = (lora_linear, lora_linear_group, philox_dropout, splitk_reduce)
+MODULES = (
+    lora_linear,
+    lora_linear_group,
+    dora_linear,
+    dora_weight_norm,
+    gated_activation,
+    lora_swiglu_mlp,
+    philox_dropout,
+    splitk_reduce,
+)
 
 SCHEMAS = {name: schema for module in MODULES for name, schema in module.SCHEMAS.items()}
 

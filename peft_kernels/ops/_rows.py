@@ -18,6 +18,6 @@ def unflatten(rows: Tensor, batch: torch.Size) -> Tensor:
 
 
 def row_bucket(tensor: Tensor) -> int:
-    """The number of rows rounded up to a power of two, so that varying batch sizes do not ask dispatch again and again."""
+    """The number of rows rounded up to a power of two, so that varying batch sizes do not ask dispatch again."""
     m = tensor.numel() // max(1, tensor.shape[-1])
     return 1 << (m - 1).bit_length() if m > 0 else 0

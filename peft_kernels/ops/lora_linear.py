@@ -50,9 +50,10 @@ def problem(x, weight, lora_A, lora_B, *, dropout_p=0.0, training=True, **_) -> 
     return _problem(x, lora_A, lora_B, training and dropout_p > 0)
 
 
-def _select(x, lora_A, lora_B, dropout):
+def select(op, x, lora_A, lora_B, dropout):
+    """The implementation of `op`, whose problem is that of `lora_linear`."""
     key = (x.shape, x.dtype, x.device, lora_A.shape, lora_A.dtype, lora_B.shape, dropout)
-    return dispatch.select_memoised("lora_linear", key, _problem, x, lora_A, lora_B, dropout)
+    return dispatch.select_memoised(op, key, _problem, x, lora_A, lora_B, dropout)
 
 
 def _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
@@ -75,7 +76,7 @@ def _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dro
 
 
 def kernel(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
-    implementation = _select(x, lora_A, lora_B, seed is not None)
+    implementation = select("lora_linear", x, lora_A, lora_B, seed is not None)
     return _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
@@ -85,7 +86,7 @@ def fake(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 
 
 def backward_kernel(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
-    implementation = _select(grad_y, lora_A, lora_B, seed is not None)
+    implementation = select("lora_linear", grad_y, lora_A, lora_B, seed is not None)
     grads = _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
     return [grad for grad in grads if grad is not None]
 
@@ -108,7 +109,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
         if is_plain(x):
-            ctx.implementation = implementation = _select(x, lora_A, lora_B, seed is not None)
+            ctx.implementation = implementation = select("lora_linear", x, lora_A, lora_B, seed is not None)
             y, s = _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         else:
             ctx.implementation = None
@@ -140,17 +141,17 @@ def _gradients(ctx, grad_y, saved):
     return (*[next(wanted) if need else None for need in needs], None, None, None)
 
 
+def autocast_together(*tensors):
+    """The tensors in the autocast dtype of the first one's device, as `F.linear` would take them under autocast."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     """As F.linear under autocast, x, W and b take the autocast dtype. A and B stay as they are: implementations cast
     them to x's dtype, and their gradients come from float32 sums without a rounding to 16 bits in between."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device)
-    x, weight, bias = (
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, weight, bias)
-    )
-    with torch.autocast(device, enabled=False):
-        return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    with torch.autocast(x.device.type, enabled=False):
+        return lora_linear(*autocast_together(x, weight, bias), lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):

@@ -14,6 +14,7 @@ from peft_kernels import dispatch
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._rows import row_bucket, rows, unflatten
+from peft_kernels.ops.lora_linear import autocast_together
 
 SCHEMAS = {
     # One entry of lora_As, lora_Bs, scalings, outputs and dropout_ps for each adapter; `outputs` ascends. s [..., Σ r].
@@ -89,7 +90,8 @@ def problem(x, weights, lora_As, lora_Bs, *, dropout_p=0.0, training=True, token
     return _problem(x, weights, flat_As, outputs, dropout, token_mask is not None)
 
 
-def _select(x, weights, lora_As, outputs, dropout, token_mask):
+def select(x, weights, lora_As, outputs, dropout, token_mask):
+    """The implementation for these tensors; `dropout` and `token_mask` say whether there are any."""
     shapes = (*(weight.shape for weight in weights), *(a.shape for a in lora_As))
     adapter_dtype = lora_As[0].dtype if lora_As else None
     key = (x.shape[:-1], x.dtype, x.device, shapes, adapter_dtype, tuple(outputs), dropout, token_mask)
@@ -129,7 +131,7 @@ def _backward(
 
 
 def kernel(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask):
-    implementation = _select(x, weights, lora_As, outputs, seeds is not None, token_mask is not None)
+    implementation = select(x, weights, lora_As, outputs, seeds is not None, token_mask is not None)
     return _forward(
         implementation, x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask
     )
@@ -145,7 +147,7 @@ def backward_kernel(
     grad_ys, x, s, weights, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask, needs
 ):  # fmt: skip
     given = next(grad for grad in grad_ys if grad is not None)
-    implementation = _select(given, weights, lora_As, outputs, seeds is not None, token_mask is not None)
+    implementation = select(given, weights, lora_As, outputs, seeds is not None, token_mask is not None)
     grads = _backward(
         implementation, grad_ys, x, s, weights, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask,
         GroupNeeds.from_flat(needs, len(weights), len(lora_As)),
@@ -180,7 +182,7 @@ class LoraLinearGroup(torch.autograd.Function):
         lora_As, lora_Bs = tensors[2 * count : 2 * count + adapters], tensors[2 * count + adapters :]
         arguments = (x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask)
         if is_plain(x):
-            ctx.implementation = _select(x, weights, lora_As, outputs, seeds is not None, token_mask is not None)
+            ctx.implementation = select(x, weights, lora_As, outputs, seeds is not None, token_mask is not None)
             ys, s = _forward(ctx.implementation, *arguments)
         else:
             ctx.implementation = None
@@ -219,18 +221,10 @@ def _gradients(ctx, grad_ys, saved):
 
 def _under_autocast(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask):
     """As in `lora_linear`: x, W and b take the autocast dtype, A and B stay as they are."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensor):
-        wanted = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if wanted else tensor
-
-    with torch.autocast(device, enabled=False):
-        return lora_linear_group(
-            cast(x), [cast(w) for w in weights], [cast(b) for b in biases], lora_As, lora_Bs, scalings, outputs,
-            dropout_ps, seeds, token_mask,
-        )  # fmt: skip
+    x, *others = autocast_together(x, *weights, *biases)
+    weights, biases = others[: len(weights)], others[len(weights) :]
+    with torch.autocast(x.device.type, enabled=False):
+        return lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask)
 
 
 def lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask):

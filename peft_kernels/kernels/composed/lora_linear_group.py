@@ -22,9 +22,9 @@ def unsupported(problem) -> str | None:
 
 
 class _Adapter(NamedTuple):
-    """Adapter `index` adds to `output`; its part of S is `columns`."""
+    """`adapter` adds to `output`; its part of S is `columns`."""
 
-    index: int
+    adapter: int
     output: int
     columns: slice
 
@@ -121,10 +121,10 @@ def _grad_s(given, grad_ys, adapters, lora_Bs, scalings, token_mask) -> Tensor:
 
 
 def _grad_x(given, grad_ys, weights, adapters, grad_s, lora_As, dropout_ps, seeds) -> Tensor:
-    grad_x = None
-    for grad_y, weight in zip(grad_ys, weights, strict=True):
-        if grad_y is not None:
-            grad_x = torch.mm(grad_y, weight) if grad_x is None else grad_x.addmm_(grad_y, weight)
+    pairs = [(grad_y, weight) for grad_y, weight in zip(grad_ys, weights, strict=True) if grad_y is not None]
+    grad_x = torch.mm(*pairs[0])
+    for grad_y, weight in pairs[1:]:
+        grad_x.addmm_(grad_y, weight)
     if grad_s is None:
         return grad_x
     if seeds is None:

@@ -19,7 +19,7 @@ def unsupported(problem) -> str | None:
 
 
 def _drop(x: Tensor, p: float, seeds: Tensor | None, i: int) -> Tensor:
-    return philox_dropout.forward(x, p, seeds[i : i + 1]) if p else x
+    return x if seeds is None or not p else philox_dropout.forward(x, p, seeds[i : i + 1])
 
 
 def _masked(s: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -39,7 +39,7 @@ def forward(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps,
 def backward(
     grad_ys, x, s, weights, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask, needs
 ):  # fmt: skip
-    """Gradients (dx, dWs, dbiases, dAs, dBs); None where `needs` says that nobody asked. A grad_ys[j] of None is zero."""
+    """Gradients (dx, dWs, dbiases, dAs, dBs); None where `needs` says that nobody asked. grad_ys[j] = None is zero."""
     grad_ys = _materialised(grad_ys, weights)
     pairs = list(zip(grad_ys, weights, strict=True))
     grad_x = sum(grad_y @ weight for grad_y, weight in pairs) if needs.x else None

@@ -1,0 +1,60 @@
+"""`dora_weight_norm`: the row norms of W + s B A, which DoRA divides by."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peft_kernels import ops
+from peft_kernels.checks import check_device, check_finite, check_floating, check_rank, check_same_dtype, check_shape
+
+_OP = "dora_weight_norm"
+
+
+def dora_weight_norm(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    weight_norm_squared: Tensor | None = None,
+) -> Tensor:
+    """The norm of each row of W + scaling · B A, from products of rank r: no matrix of W's size is formed.
+
+    ‖W + sBA‖² = ‖W‖² + 2s · rowsum((W Aᵀ) ⊙ B) + s² · rowsum((B (A Aᵀ)) ⊙ B), in float32 (float64 for a float64 W)
+
+    Where s B A nearly cancels W, the difference of the large terms costs digits; what rounding makes negative counts
+    as 0. No gradient flows through the result: DoRA treats it as a constant.
+
+    Args:
+        weight: W [out_features, in_features].
+        lora_A: [r, in_features], 1 <= r <= 512.
+        lora_B: [out_features, r] in lora_A's dtype.
+        scaling: s.
+        weight_norm_squared: ‖W‖² of each row [out_features] in the result's dtype, worth keeping while W is frozen
+            (`dora_weight_norm` with scaling = 0, squared); None computes it.
+
+    Returns:
+        [out_features], float32 or float64.
+
+    Raises:
+        ValueError: a shape, device or number does not fit; the message names the argument.
+        TypeError: an argument is of the wrong type or dtype.
+    """
+    check_floating(_OP, "weight", weight)
+    check_shape(_OP, "weight", weight, ("out_features", "in_features"), "it is a matrix")
+    n, k = weight.shape
+    check_floating(_OP, "lora_A", lora_A)
+    check_shape(_OP, "lora_A", lora_A, ("r", k), f"weight has {k} input features")
+    r = lora_A.shape[0]
+    check_rank(_OP, "r", r)
+    check_floating(_OP, "lora_B", lora_B)
+    check_shape(_OP, "lora_B", lora_B, (n, r), f"weight has {n} output features and lora_A rank {r}")
+    check_same_dtype(_OP, "lora_B", lora_B, lora_A.dtype, "lora_A")
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_device(_OP, name, tensor, weight.device)
+    check_finite(_OP, "scaling", scaling)
+    if weight_norm_squared is not None:
+        check_floating(_OP, "weight_norm_squared", weight_norm_squared)
+        check_shape(_OP, "weight_norm_squared", weight_norm_squared, (n,), f"weight has {n} output features")
+        check_device(_OP, "weight_norm_squared", weight_norm_squared, weight.device)
+    return ops.dora_weight_norm.dora_weight_norm(weight, lora_A, lora_B, scaling * 1.0, weight_norm_squared)
