@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ RATIO = 1.2
 class Case:
     """One problem of an op: tensors by argument name (those in `grads` get gradients), other arguments, and eager code.
 
-    `eager(tensors)` composes the op of PyTorch's own functions in the dtype of whatever tensors it is given.
+    `eager(tensors)` composes the op of PyTorch's own functions in the dtype of whatever tensors it is given. Tensors of
+    an argument that is a list are named "weights.0", "weights.1" ...; several outputs count as one, side by side.
     """
 
     op: str
@@ -40,6 +42,11 @@ class Case:
     @property
     def device(self) -> str:
         return next(iter(self.tensors.values())).device.type
+
+    def call(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The op's output for these tensors, by whatever implementation is in force."""
+        y = getattr(functional, self.op)(**_nested(tensors), **self.options)
+        return y if isinstance(y, Tensor) else torch.cat(tuple(y), -1)
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,27 @@ def _judge(case: Case, backend: str) -> float:
     Raises:
         Disagreement: the rule is broken.
     """
-    first, second = _run_op(case, backend), _run_op(case, backend)
-    truth, eager = _run_eager(case, torch.float64), _run_eager(case, None)
+    return judge(run_op(case, backend), run_op(case, backend), Expected.of(case))
+
+
+class Expected(NamedTuple):
+    """What a case's results are judged by: the float64 truth, and eager PyTorch's results at the case's dtypes."""
+
+    truth: dict[str, Tensor]
+    eager: dict[str, Tensor]
+
+    @staticmethod
+    def of(case: Case) -> Expected:
+        return Expected(_run_eager(case, torch.float64), _run_eager(case, None))
+
+
+def judge(first: dict[str, Tensor], second: dict[str, Tensor], expected: Expected) -> float:
+    """Judges the results of two runs of one case by the accuracy rule; returns the largest ratio to eager's error.
+
+    Raises:
+        Disagreement: a result is not accurate enough, of another shape or dtype, or differs between the runs.
+    """
+    truth, eager = expected
     worst = 0.0
     for name, value in first.items():
         if value.shape != truth[name].shape or value.dtype != eager[name].dtype:
@@ -151,18 +177,20 @@ def _leaves(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
 def _with_grads(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
     results = {"y": y.detach()}
     if case.grads:
-        generator = torch.Generator().manual_seed(7)
-        grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(case.tensors["x"].dtype)
+        generator = torch.Generator(y.device).manual_seed(7)
+        grad_y = torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float64)
+        grad_y = grad_y.to(case.tensors["x"].dtype)
         wanted = [leaves[name] for name in case.grads]
-        grads = torch.autograd.grad(y, wanted, grad_y.to(y.device, y.dtype))
+        grads = torch.autograd.grad(y, wanted, grad_y.to(y.dtype))
         results |= {f"gradient of {name}": grad for name, grad in zip(case.grads, grads, strict=True)}
     return results
 
 
-def _run_op(case: Case, backend: str) -> dict[str, Tensor]:
+def run_op(case: Case, backend: str) -> dict[str, Tensor]:
+    """The case's output "y" and its gradients by one implementation."""
     leaves = _leaves(case)
     with dispatch.use_backend(backend):
-        return _with_grads(getattr(functional, case.op)(**leaves, **case.options), leaves, case)
+        return _with_grads(case.call(leaves), leaves, case)
 
 
 def _run_eager(case: Case, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -170,8 +198,20 @@ def _run_eager(case: Case, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return _with_grads(case.eager(leaves), leaves, case)
 
 
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors named "weights.0", "weights.1" as one argument, the list `weights`."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        stem, _, index = name.partition(".")
+        if index:
+            arguments.setdefault(stem, []).append(tensor)
+        else:
+            arguments[stem] = tensor
+    return arguments
+
+
 def _problem(case: Case):
-    return getattr(ops, case.op).problem(**case.tensors, **case.options)
+    return getattr(ops, case.op).problem(**_nested(case.tensors), **case.options)
 
 
 def cases(op: str, device: str) -> Iterator[Case]:
