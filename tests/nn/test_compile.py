@@ -1,0 +1,62 @@
+"""`torch.compile(fullgraph=True)` of every module: no break, no recompile over batch sizes, the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_kernels import FusedLoRALinear
+from tests.helpers import relative_error
+
+
+def disturbed(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def rows(m: int) -> Tensor:
+    return torch.randn(m, 12, requires_grad=True)
+
+
+MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "plain": (lambda: FusedLoRALinear(12, 10, 3), rows),
+    "lora_bias": (lambda: FusedLoRALinear(12, 10, 3, lora_bias=True), rows),
+    "trained bias": (lambda: FusedLoRALinear(12, 10, 3, train_bias=True), rows),
+    "frozen A": (lambda: FusedLoRALinear(12, 10, 3, freeze_A=True), rows),
+    "DoRA": (lambda: FusedLoRALinear(12, 10, 3, use_dora=True), rows),
+}
+
+
+def outputs_and_gradients(module: nn.Module, call: Callable, x: Tensor) -> list[Tensor]:
+    module.zero_grad()
+    y = call(x)
+    ys = list(y) if isinstance(y, tuple) else [y]
+    sum(one.square().sum() for one in ys).backward()
+    grads = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    if x.grad is not None:
+        grads.append(x.grad.clone())
+        x.grad = None
+    return [*(one.detach() for one in ys), *grads]
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_same_in_one_graph(name, training):
+    torch._dynamo.reset()
+    make, batch = MODULES[name]
+    module = disturbed(make()).train(training)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for m in (5, 9, 17, 64):
+            x = batch(m)
+            expected = outputs_and_gradients(module, module, x)
+            got = outputs_and_gradients(module, compiled, x)
+            assert len(got) == len(expected)
+            assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, expected, strict=True))
