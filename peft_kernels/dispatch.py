@@ -34,6 +34,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "dora_weight_norm": ("composed", "reference"),
     "gated_activation": ("composed", "reference"),
     "lora_swiglu_mlp": ("composed", "reference"),
+    "lora_embedding": ("composed", "reference"),
+    "lora_expert_linear": ("composed", "reference"),
     "philox_dropout": ("cuda", "triton", "cpu", "reference"),
     "splitk_reduce": ("cuda", "triton", "reference"),
 }

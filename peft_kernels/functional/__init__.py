@@ -3,6 +3,8 @@
 from peft_kernels.functional.dora_linear import dora_linear
 from peft_kernels.functional.dora_weight_norm import dora_weight_norm
 from peft_kernels.functional.gated_activation import gated_activation
+from peft_kernels.functional.lora_embedding import lora_embedding
+from peft_kernels.functional.lora_expert_linear import lora_expert_linear
 from peft_kernels.functional.lora_linear import lora_linear
 from peft_kernels.functional.lora_linear_group import lora_linear_group
 from peft_kernels.functional.lora_swiglu_mlp import lora_swiglu_mlp
@@ -13,6 +15,8 @@ __all__ = [
     "dora_linear",
     "dora_weight_norm",
     "gated_activation",
+    "lora_embedding",
+    "lora_expert_linear",
     "lora_linear",
     "lora_linear_group",
     "lora_swiglu_mlp",

@@ -17,6 +17,8 @@ from peft_kernels.ops import (
     dora_linear,
     dora_weight_norm,
     gated_activation,
+    lora_embedding,
+    lora_expert_linear,
     lora_linear,
     lora_linear_group,
     lora_swiglu_mlp,
@@ -33,6 +35,8 @@ MODULES = (
     dora_weight_norm,
     gated_activation,
     lora_swiglu_mlp,
+    lora_embedding,
+    lora_expert_linear,
     philox_dropout,
     splitk_reduce,
 )

@@ -27,20 +27,23 @@ def drop(rows: Tensor, p: float, seed: Tensor | None, first_row: int) -> Tensor:
     return torch.ops.peft_kernels.philox_dropout(rows, p, seed, first_row)
 
 
-def down(x: Tensor, a: Tensor, dropout_p: float, seed: Tensor | None, out: Tensor) -> Tensor:
-    """out = drop(x) aᵀ, with a bounded copy of the dropped x."""
+def down(x: Tensor, a: Tensor, dropout_p: float, seed: Tensor | None, out: Tensor, first_row: int = 0) -> Tensor:
+    """out = drop(x) aᵀ, with a bounded copy of the dropped x, whose rows are numbered from `first_row`."""
     for block in row_blocks(*x.shape):
-        torch.mm(drop(x[block], dropout_p, seed, block.start), a.t(), out=out[block])
+        torch.mm(drop(x[block], dropout_p, seed, first_row + block.start), a.t(), out=out[block])
     return out
 
 
-def add_dropped(grad_x: Tensor, grad_s: Tensor, a: Tensor, scaling: float, dropout_p: float, seed: Tensor) -> None:
+def add_dropped(
+    grad_x: Tensor, grad_s: Tensor, a: Tensor, scaling: float, dropout_p: float, seed: Tensor, first_row: int = 0
+) -> None:
     """grad_x += scaling · drop(grad_s a), with a bounded temporary."""
     for block in row_blocks(*grad_x.shape):
-        grad_x[block].add_(drop(torch.mm(grad_s[block], a), dropout_p, seed, block.start), alpha=scaling)
+        update = drop(torch.mm(grad_s[block], a), dropout_p, seed, first_row + block.start)
+        grad_x[block].add_(update, alpha=scaling)
 
 
-def sum_over_rows(left, right, parameter, scaling=1.0, dropout_p=0.0, seed=None) -> Tensor:
+def sum_over_rows(left, right, parameter, scaling=1.0, dropout_p=0.0, seed=None, first_row=0) -> Tensor:
     """scaling · leftᵀ · drop(right), the gradient of `parameter` [left columns, right columns]: accumulated in at least
     float32 and rounded once, to the parameter's dtype."""
     dtype = parameter.dtype
@@ -52,7 +55,7 @@ def sum_over_rows(left, right, parameter, scaling=1.0, dropout_p=0.0, seed=None)
     wide = torch.promote_types(torch.float32, left.dtype)
     total = torch.zeros(parameter.shape, dtype=wide, device=left.device)
     for block in row_blocks(*right.shape):
-        rows = drop(right[block], dropout_p, seed, block.start)
+        rows = drop(right[block], dropout_p, seed, first_row + block.start)
         total.addmm_(left[block].to(wide).t(), rows.to(wide), alpha=scaling)
     return total.to(dtype)
 

@@ -1,0 +1,76 @@
+"""`lora_expert_linear` as a loop over the experts that have rows, in the fewest PyTorch passes for each.
+
+The host reads the offsets (one synchronisation on a GPU, forward and backward), so that experts without rows cost
+nothing; it cannot be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from peft_kernels.kernels.composed._passes import add_dropped, cast, down, sum_over_rows, sum_rows
+
+
+def unsupported(problem) -> str | None:
+    return None
+
+
+def _segments(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for experts that have any."""
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        if not start <= end <= rows:
+            raise ValueError(f"lora_expert_linear: offsets[{e}] is {end}; expected one in [{start}, {rows}]")
+        if end > start:
+            yield e, slice(start, end)
+        start = end
+
+
+def forward(x, weight, bias, lora_A, lora_B, offsets, scaling, dropout_p, seed):
+    a, b = cast(lora_A, x.dtype), cast(lora_B, x.dtype)
+    y, s = x.new_zeros(x.shape[0], weight.shape[1]), x.new_zeros(x.shape[0], a.shape[1])
+    for e, rows in _segments(offsets, x.shape[0]):
+        y_e = y[rows]
+        if bias is None:
+            torch.mm(x[rows], weight[e].t(), out=y_e)
+        else:
+            torch.addmm(bias[e], x[rows], weight[e].t(), out=y_e)
+        down(x[rows], a[e], dropout_p, seed, s[rows], first_row=rows.start)
+        y_e.addmm_(s[rows], b[e].t(), alpha=scaling)
+    return y, s
+
+
+def backward(grad_y, x, s, weight, lora_A, lora_B, offsets, scaling, dropout_p, seed, needs):
+    need_x, need_weight, need_bias, need_a, need_b = needs
+    a, b = cast(lora_A, grad_y.dtype), cast(lora_B, grad_y.dtype)
+    grad_x = grad_y.new_zeros(grad_y.shape[0], weight.shape[2]) if need_x else None
+    grad_weight, grad_a, grad_b = (
+        torch.zeros_like(t) if need else None for t, need in ((weight, need_weight), (lora_A, need_a), (lora_B, need_b))
+    )
+    wide = torch.promote_types(torch.float32, grad_y.dtype)
+    grad_bias = grad_y.new_zeros(weight.shape[:2], dtype=wide) if need_bias else None
+    for e, rows in _segments(offsets, grad_y.shape[0]):
+        grad_y_e = grad_y[rows]
+        grad_s = torch.mm(grad_y_e, b[e]) if need_x or need_a else None  # not yet scaled
+        if grad_x is not None:
+            _grad_x(grad_x[rows], grad_y_e, weight[e], grad_s, a[e], scaling, dropout_p, seed, rows.start)
+        if grad_weight is not None:
+            grad_weight[e] = sum_over_rows(grad_y_e, x[rows], weight[e])
+        if grad_bias is not None:
+            grad_bias[e] = sum_rows(grad_y_e)
+        if grad_a is not None:
+            grad_a[e] = sum_over_rows(grad_s, x[rows], lora_A[e], scaling, dropout_p, seed, first_row=rows.start)
+        if grad_b is not None:
+            grad_b[e] = sum_over_rows(grad_y_e, s[rows], lora_B[e], scaling)
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b
+
+
+def _grad_x(out, grad_y, weight, grad_s, a, scaling, dropout_p, seed, first_row) -> None:
+    torch.mm(grad_y, weight, out=out)
+    if seed is None:
+        out.addmm_(grad_s, a, alpha=scaling)
+    else:
+        add_dropped(out, grad_s, a, scaling, dropout_p, seed, first_row=first_row)
