@@ -1,52 +1,24 @@
 """Checks every implementation of every op on this machine, in seconds: `doctor`, `tune` and the benchmarks use it.
 
 The accuracy rule: the relative Frobenius error against float64, of the output and of every gradient, is at most 1.2
-times the error of PyTorch's own eager composition at the same dtypes. The composition and its float64 truth are
-differentiated by autograd and share no code with any implementation but the dropout mask's specification. Results must
-also be the same bits when computed twice.
+times the error of PyTorch's own eager composition at the same dtypes (`problems`). Results must also be the same bits
+when computed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels import dispatch, functional, ops
-from peft_kernels.kernels.reference import philox_dropout as philox_reference
+from peft_kernels import dispatch, problems
+from peft_kernels.problems import Case, Draw, Shape
 
 RATIO = 1.2
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem of an op: tensors by argument name (those in `grads` get gradients), other arguments, and eager code.
-
-    `eager(tensors)` composes the op of PyTorch's own functions in the dtype of whatever tensors it is given. Tensors of
-    an argument that is a list are named "weights.0", "weights.1" ...; several outputs count as one, side by side.
-    """
-
-    op: str
-    label: str
-    tensors: dict[str, Tensor]
-    options: Mapping[str, object]
-    eager: Callable[[dict[str, Tensor]], Tensor] = field(repr=False)
-    grads: tuple[str, ...] = ()
-
-    @property
-    def device(self) -> str:
-        return next(iter(self.tensors.values())).device.type
-
-    def call(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The op's output for these tensors, by whatever implementation is in force."""
-        y = getattr(functional, self.op)(**_nested(tensors), **self.options)
-        return y if isinstance(y, Tensor) else torch.cat(tuple(y), -1)
 
 
 @dataclass(frozen=True)
@@ -100,12 +72,12 @@ def check(names: Iterable[str] | None = None, devices: Iterable[str] | None = No
     ]
 
 
-def check_implementation(op: str, backend: str, problems: list[Case]) -> Outcome:
+def check_implementation(op: str, backend: str, cases: list[Case]) -> Outcome:
     """Runs one implementation on the cases that it supports."""
-    device = problems[0].device
+    device = cases[0].device
     checked, worst, refusals = 0, 0.0, []
-    for case in problems:
-        refusal = dispatch.objection(op, backend, _problem(case), forced=True)
+    for case in cases:
+        refusal = dispatch.objection(op, backend, case.problem, forced=True)
         if refusal is not None:
             refusals.append(refusal)
             continue
@@ -117,7 +89,7 @@ def check_implementation(op: str, backend: str, problems: list[Case]) -> Outcome
         worst, checked = max(worst, ratio), checked + 1
     if not checked:
         return Outcome(op, backend, device, unavailable=refusals[0])
-    objection = dispatch.objection(op, backend, _problem(problems[0]))
+    objection = dispatch.objection(op, backend, cases[0].problem)
     return Outcome(op, backend, device, checked, worst, objection=objection)
 
 
@@ -169,17 +141,12 @@ def judge(first: dict[str, Tensor], second: dict[str, Tensor], expected: Expecte
     return worst
 
 
-def _leaves(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    floats = {name: t.detach().to(dtype or t.dtype) for name, t in case.tensors.items() if t.is_floating_point()}
-    return {name: floats[name].requires_grad_(name in case.grads) for name in floats}
-
-
 def _with_grads(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
     results = {"y": y.detach()}
     if case.grads:
         generator = torch.Generator(y.device).manual_seed(7)
         grad_y = torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float64)
-        grad_y = grad_y.to(case.tensors["x"].dtype)
+        grad_y = grad_y.to(case.tensors[case.grads[0]].dtype)
         wanted = [leaves[name] for name in case.grads]
         grads = torch.autograd.grad(y, wanted, grad_y.to(y.dtype))
         results |= {f"gradient of {name}": grad for name, grad in zip(case.grads, grads, strict=True)}
@@ -188,30 +155,14 @@ def _with_grads(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, T
 
 def run_op(case: Case, backend: str) -> dict[str, Tensor]:
     """The case's output "y" and its gradients by one implementation."""
-    leaves = _leaves(case)
+    leaves = case.leaves()
     with dispatch.use_backend(backend):
         return _with_grads(case.call(leaves), leaves, case)
 
 
 def _run_eager(case: Case, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    leaves = _leaves(case, dtype)
+    leaves = case.leaves(dtype)
     return _with_grads(case.eager(leaves), leaves, case)
-
-
-def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tensors named "weights.0", "weights.1" as one argument, the list `weights`."""
-    arguments: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        stem, _, index = name.partition(".")
-        if index:
-            arguments.setdefault(stem, []).append(tensor)
-        else:
-            arguments[stem] = tensor
-    return arguments
-
-
-def _problem(case: Case):
-    return getattr(ops, case.op).problem(**_nested(case.tensors), **case.options)
 
 
 def cases(op: str, device: str) -> Iterator[Case]:
@@ -220,84 +171,46 @@ def cases(op: str, device: str) -> Iterator[Case]:
     Raises:
         KeyError: the op has none.
     """
-    return CASES[op](device)
+    yield from CASES[op](Draw(device))
 
 
-def _draw(device: str, dtype: torch.dtype, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+_SINGLE, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+# batch, N, K, r, dtype of x and W, dtype of A and B, dropout
+_LAYERS = (
+    Shape((3, 37), 80, 96, 5, _SINGLE, _SINGLE, 0.0),
+    Shape((129,), 136, 200, 16, _SINGLE, _SINGLE, 0.25),
+    Shape((65,), 264, 192, 24, _BF16, _SINGLE, 0.0),
+    Shape((2, 70), 96, 128, 8, _BF16, _BF16, 0.1),
+    Shape((96,), 64, 160, 3, _F16, _SINGLE, 0.0),
+)
+_TENSORS = (
+    Shape((5,), 203, 203, 1, _SINGLE, _SINGLE, 0.3),
+    Shape((64,), 96, 96, 1, _BF16, _BF16, 0.05),
+    Shape((33,), 8, 8, 1, _F16, _F16, 0.5),
+)
 
 
-def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    rows = x.numel() // x.shape[-1]
-    mask = philox_reference.keep_mask(rows, x.shape[-1], p, torch.tensor([seed], device=x.device))
-    return x * (mask.view_as(x) * (1 / (1 - p))).to(x.dtype)
+def _of_shapes(build: Callable[[Shape, Draw], Case], shapes: Iterable[Shape]) -> Callable[[Draw], Iterator[Case]]:
+    return lambda draw: (build(shape, draw) for shape in shapes)
 
 
-def _lora_linear_cases(device: str) -> Iterator[Case]:
-    single, half = torch.float32, torch.bfloat16
-    # batch, K, N, r, dtype of x and W, dtype of A and B, dropout
-    rows = [
-        ((3, 37), 96, 80, 5, single, single, 0.0),
-        ((129,), 200, 136, 16, single, single, 0.25),
-        ((65,), 192, 264, 24, half, single, 0.0),
-        ((2, 70), 128, 96, 8, half, half, 0.1),
-        ((96,), 160, 64, 3, torch.float16, single, 0.0),
-    ]
-    for batch, k, n, r, dtype, adapter_dtype, p in rows:
-        tensors = {
-            "x": _draw(device, dtype, *batch, k, seed=1),
-            "weight": _draw(device, dtype, n, k, seed=2, scale=k**-0.5),
-            "bias": _draw(device, dtype, n, seed=3),
-            "lora_A": _draw(device, adapter_dtype, r, k, seed=4, scale=k**-0.5),
-            "lora_B": _draw(device, adapter_dtype, n, r, seed=5, scale=r**-0.5),
-        }
-
-        def eager(t: dict[str, Tensor], p: float = p) -> Tensor:
-            x = t["x"]
-            dropped = _dropped(x, p, seed=11) if p else x
-            low_rank = F.linear(F.linear(dropped, t["lora_A"].to(x.dtype)), t["lora_B"].to(x.dtype))
-            return F.linear(x, t["weight"], t["bias"]) + 1.5 * low_rank
-
-        label = f"{'x'.join(map(str, batch))}, {k} -> {n}, r={r}, {_short(dtype)}/{_short(adapter_dtype)}, p={p}"
-        options = {"scaling": 1.5, "dropout_p": p, "seed": 11}
-        yield Case("lora_linear", label, tensors, options, eager, grads=("x", "lora_A", "lora_B"))
+def _gated(build: Callable[..., Case], shapes: Iterable[Shape]) -> Callable[[Draw], Iterator[Case]]:
+    """Every activation once."""
+    return lambda draw: (build(*pair) for pair in zip(shapes, repeat(draw), problems.ACTIVATIONS, strict=False))
 
 
-def _philox_dropout_cases(device: str) -> Iterator[Case]:
-    for shape, dtype, p in (
-        ((5, 203), torch.float32, 0.3),
-        ((64, 96), torch.bfloat16, 0.05),
-        ((33, 8), torch.float16, 0.5),
-    ):
-        tensors = {"x": _draw(device, dtype, *shape, seed=1)}
-
-        def eager(t: dict[str, Tensor], p: float = p) -> Tensor:
-            return _dropped(t["x"], p, seed=-5)
-
-        label = f"{'x'.join(map(str, shape))}, {_short(dtype)}, p={p}"
-        yield Case("philox_dropout", label, tensors, {"p": p, "seed": -5}, eager, grads=("x",))
+def _splitk_reduce_cases(draw: Draw) -> Iterator[Case]:
+    for parts, size, dtype in ((7, 1001, _SINGLE), (16, 512, _BF16), (1, 33, _SINGLE)):
+        yield problems.splitk_reduce(parts, size, dtype, draw)
 
 
-def _splitk_reduce_cases(device: str) -> Iterator[Case]:
-    for parts, size, dtype in ((7, 1001, torch.float32), (16, 512, torch.bfloat16), (1, 33, torch.float32)):
-        tensors = {"partials": _draw(device, torch.float32, parts, size, seed=1)}
-
-        def eager(t: dict[str, Tensor], dtype: torch.dtype = dtype) -> Tensor:
-            partials = t["partials"]
-            total = reduce(add, partials.unbind()) * 0.5
-            return total if partials.dtype == torch.float64 else total.to(dtype)
-
-        options = {"scale": 0.5, "dtype": dtype}
-        yield Case("splitk_reduce", f"{parts} parts of {size} to {_short(dtype)}", tensors, options, eager)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-CASES: dict[str, Callable[[str], Iterator[Case]]] = {
-    "lora_linear": _lora_linear_cases,
-    "philox_dropout": _philox_dropout_cases,
+CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
+    "lora_linear": _of_shapes(problems.lora_linear, _LAYERS),
+    "lora_linear_group": _of_shapes(problems.lora_linear_group, _LAYERS),
+    "dora_linear": _of_shapes(problems.dora_linear, _LAYERS),
+    "dora_weight_norm": _of_shapes(problems.dora_weight_norm, _LAYERS),
+    "lora_swiglu_mlp": _gated(problems.lora_swiglu_mlp, _LAYERS),
+    "gated_activation": _gated(problems.gated_activation, _TENSORS),
+    "philox_dropout": _of_shapes(problems.philox_dropout, _TENSORS),
     "splitk_reduce": _splitk_reduce_cases,
 }

@@ -1,0 +1,271 @@
+"""Problems to run an op on: drawn tensors, and the op composed of PyTorch's own functions, differentiated by autograd.
+
+The composition shares no code with any implementation but the specification of the dropout mask. `selfcheck` compares
+the implementations with it, `tuning.search` measures them on the same problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_kernels import functional, ops
+from peft_kernels.kernels.reference import philox_dropout as philox_reference
+
+SCALING = 1.5
+SEED = 11
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem of an op: tensors by argument name (those in `grads` get gradients), other arguments, and eager code.
+
+    `eager(tensors)` composes the op of PyTorch's own functions in the dtype of whatever tensors it is given. Tensors of
+    an argument that is a list are named "weights.0", "weights.1" ...; several outputs count as one, side by side.
+    """
+
+    op: str
+    label: str
+    tensors: dict[str, Tensor]
+    options: Mapping[str, object]
+    eager: Callable[[dict[str, Tensor]], Tensor] = field(repr=False)
+    grads: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> str:
+        return next(iter(self.tensors.values())).device.type
+
+    @property
+    def problem(self) -> Any:
+        """What dispatch chooses by."""
+        return getattr(ops, self.op).problem(**nested(self.tensors), **self.options)
+
+    def call(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The op's output for these tensors, by whatever implementation is in force."""
+        y = getattr(functional, self.op)(**nested(tensors), **self.options)
+        return y if isinstance(y, Tensor) else torch.cat(tuple(y), -1)
+
+    def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The tensors detached, those in `grads` requiring gradients; floating-point ones in `dtype` if given."""
+        found = {name: t.detach().to(dtype) if dtype and t.is_floating_point() else t.detach() for name, t in
+                 self.tensors.items()}  # fmt: skip
+        return {name: t.requires_grad_() if name in self.grads else t for name, t in found.items()}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes and dtypes of a linear layer with an adapter: `batch` rows, K in_features, N out_features, rank r."""
+
+    batch: tuple[int, ...]
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype = torch.float32
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        rows = "x".join(map(str, self.batch))
+        dtypes = f"{short(self.dtype)}/{short(self.adapter_dtype)}"
+        return f"{rows}, {self.k} -> {self.n}, r={self.r}, {dtypes}, p={self.dropout_p:g}"
+
+
+class Draw:
+    """Normal numbers, drawn on the device itself in float64 or, where they are many, in float32."""
+
+    def __init__(self, device: str | torch.device, seed: int = 1) -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def __call__(self, dtype: torch.dtype, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
+        wide = torch.float64 if self.device.type == "cpu" else torch.float32
+        values = torch.randn(*shape, generator=self.generator, device=self.device, dtype=wide)
+        return values.mul_(scale).add_(offset).to(dtype)
+
+    def seeds(self, *seeds: int) -> Tensor:
+        """On the device: a CUDA graph cannot read integers of the host."""
+        return torch.tensor(seeds, device=self.device)
+
+
+def nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors named "weights.0", "weights.1" as one argument, the list `weights`."""
+    arguments: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        stem, _, index = name.partition(".")
+        if index:
+            arguments.setdefault(stem, []).append(tensor)
+        else:
+            arguments[stem] = tensor
+    return arguments
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """x times the mask that every implementation is to draw for this seed, and 1 / (1 - p)."""
+    if p == 0:
+        return x
+    rows = x.numel() // x.shape[-1]
+    mask = philox_reference.keep_mask(rows, x.shape[-1], p, torch.tensor([seed], device=x.device))
+    return x * (mask.view_as(x) * (1 / (1 - p))).to(x.dtype)
+
+
+def _low_rank(x: Tensor, a: Tensor, b: Tensor, p: float, seed: int) -> Tensor:
+    return F.linear(F.linear(dropped(x, p, seed), a.to(x.dtype)), b.to(x.dtype))
+
+
+def _layer(shape: Shape, draw: Draw) -> dict[str, Tensor]:
+    n, k, r = shape.n, shape.k, shape.r
+    return {
+        "x": draw(shape.dtype, *shape.batch, k),
+        "weight": draw(shape.dtype, n, k, scale=k**-0.5),
+        "bias": draw(shape.dtype, n),
+        "lora_A": draw(shape.adapter_dtype, r, k, scale=k**-0.5),
+        "lora_B": draw(shape.adapter_dtype, n, r, scale=r**-0.5),
+    }
+
+
+def _options(shape: Shape, draw: Draw, adapters: int = 1) -> dict[str, Any]:
+    seeds = draw.seeds(*range(SEED, SEED + adapters)) if shape.dropout_p else None
+    return {"dropout_p": shape.dropout_p, "seed": seeds}
+
+
+def lora_linear(shape: Shape, draw: Draw) -> Case:
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        low_rank = _low_rank(t["x"], t["lora_A"], t["lora_B"], shape.dropout_p, SEED)
+        return F.linear(t["x"], t["weight"], t["bias"]) + SCALING * low_rank
+
+    options = {"scaling": SCALING, **_options(shape, draw)}
+    return Case("lora_linear", str(shape), _layer(shape, draw), options, eager, ("x", "lora_A", "lora_B"))
+
+
+def dora_linear(shape: Shape, draw: Draw) -> Case:
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            wide = torch.promote_types(torch.float32, t["weight"].dtype)
+            merged = t["weight"].to(wide) + SCALING * (t["lora_B"].to(wide) @ t["lora_A"].to(wide))
+            norm = merged.norm(dim=1)
+        low_rank = _low_rank(t["x"], t["lora_A"], t["lora_B"], shape.dropout_p, SEED)
+        factor = (t["magnitude"] / norm).to(t["x"].dtype)
+        return factor * (F.linear(t["x"], t["weight"]) + SCALING * low_rank) + t["bias"]
+
+    tensors = _layer(shape, draw) | {"magnitude": draw(shape.adapter_dtype, shape.n, scale=0.1, offset=1.5)}
+    options = {"scaling": SCALING, **_options(shape, draw)}
+    return Case("dora_linear", str(shape), tensors, options, eager, ("x", "lora_A", "lora_B", "magnitude"))
+
+
+def dora_weight_norm(shape: Shape, draw: Draw) -> Case:
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        wide = torch.promote_types(torch.float32, t["weight"].dtype)
+        return (t["weight"].to(wide) + SCALING * (t["lora_B"].to(wide) @ t["lora_A"].to(wide))).norm(dim=1)
+
+    layer = _layer(shape, draw)
+    tensors = {name: layer[name] for name in ("weight", "lora_A", "lora_B")}
+    return Case("dora_weight_norm", str(shape), tensors, {"scaling": SCALING}, eager)
+
+
+def _projections(x: Tensor, t: dict[str, Tensor], indices: Sequence[int], p: float) -> list[Tensor]:
+    return [
+        F.linear(x, t[f"weights.{j}"])
+        + SCALING * _low_rank(x, t[f"lora_As.{j}"], t[f"lora_Bs.{j}"], p, SEED + j)
+        for j in indices
+    ]  # fmt: skip
+
+
+def _group(shape: Shape, draw: Draw, sizes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """x, and a weight and adapter for each (out_features, in_features)."""
+    adapter, r = shape.adapter_dtype, shape.r
+    tensors = {"x": draw(shape.dtype, *shape.batch, shape.k)}
+    for j, (n, k) in enumerate(sizes):
+        tensors[f"weights.{j}"] = draw(shape.dtype, n, k, scale=k**-0.5)
+        tensors[f"lora_As.{j}"] = draw(adapter, r, k, scale=k**-0.5)
+        tensors[f"lora_Bs.{j}"] = draw(adapter, n, r, scale=r**-0.5)
+    return tensors
+
+
+def _group_grads(count: int) -> tuple[str, ...]:
+    return ("x", *(f"lora_As.{j}" for j in range(count)), *(f"lora_Bs.{j}" for j in range(count)))
+
+
+def lora_linear_group(shape: Shape, draw: Draw) -> Case:
+    """q, k and v of grouped-query attention: N, N/4 and N/4 wide."""
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        return torch.cat(_projections(t["x"], t, range(3), shape.dropout_p), -1)
+
+    narrow = max(1, shape.n // 4)
+    tensors = _group(shape, draw, [(shape.n, shape.k), (narrow, shape.k), (narrow, shape.k)])
+    options = {"scalings": SCALING, **_options(shape, draw, 3)}
+    return Case("lora_linear_group", str(shape), tensors, options, eager, _group_grads(3))
+
+
+def lora_swiglu_mlp(shape: Shape, draw: Draw, activation: str = "silu") -> Case:
+    """K wide, N wide inside, K wide again."""
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        gate, up = _projections(t["x"], t, range(2), shape.dropout_p)
+        return _projections(ACTIVATIONS[activation](gate) * up, t, (2,), shape.dropout_p)[0]
+
+    tensors = _group(shape, draw, [(shape.n, shape.k), (shape.n, shape.k), (shape.k, shape.n)])
+    options = {"scalings": SCALING, "activation": activation, **_options(shape, draw, 3)}
+    return Case("lora_swiglu_mlp", f"{shape}, {activation}", tensors, options, eager, _group_grads(3))
+
+
+def gated_activation(shape: Shape, draw: Draw, activation: str = "silu") -> Case:
+    """N wide."""
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        return ACTIVATIONS[activation](t["gate"]) * t["up"]
+
+    tensors = {name: draw(shape.dtype, *shape.batch, shape.n) for name in ("gate", "up")}
+    label = f"{'x'.join(map(str, shape.batch))}x{shape.n}, {short(shape.dtype)}, {activation}"
+    return Case("gated_activation", label, tensors, {"activation": activation}, eager, ("gate", "up"))
+
+
+def philox_dropout(shape: Shape, draw: Draw) -> Case:
+    """K wide."""
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        return dropped(t["x"], shape.dropout_p, SEED)
+
+    tensors = {"x": draw(shape.dtype, *shape.batch, shape.k)}
+    label = f"{'x'.join(map(str, shape.batch))}x{shape.k}, {short(shape.dtype)}, p={shape.dropout_p:g}"
+    options = {"p": shape.dropout_p, "seed": draw.seeds(SEED)}
+    return Case("philox_dropout", label, tensors, options, eager, ("x",))
+
+
+def splitk_reduce(parts: int, size: int, dtype: torch.dtype, draw: Draw) -> Case:
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        partials = t["partials"]
+        total = reduce(add, partials.unbind()) * 0.5
+        return total if partials.dtype == torch.float64 else total.to(dtype)
+
+    tensors = {"partials": draw(torch.float32, parts, size)}
+    label = f"{parts} parts of {size} to {short(dtype)}"
+    return Case("splitk_reduce", label, tensors, {"scale": 0.5, "dtype": dtype}, eager)
+
+
+# What can be drawn from a layer's shape alone.
+BUILDERS: dict[str, Callable[[Shape, Draw], Case]] = {
+    "lora_linear": lora_linear,
+    "lora_linear_group": lora_linear_group,
+    "dora_linear": dora_linear,
+    "dora_weight_norm": dora_weight_norm,
+    "lora_swiglu_mlp": lora_swiglu_mlp,
+    "gated_activation": gated_activation,
+    "philox_dropout": philox_dropout,
+}
