@@ -83,7 +83,37 @@ class SumOverRows(Config):
     programs: int
 
 
+@dataclass(frozen=True)
+class GatedActivation(Config):
+    """`block` elements belong to a program, in rows of at most `block_n`."""
+
+    block: int
+    block_n: int
+
+
+@dataclass(frozen=True)
+class GradScale(Config):
+    """`block_m` rows are taken per step, `block_n` columns belong to a program."""
+
+    block_m: int
+    block_n: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class DoraWeightNorm(Config):
+    """`block_n` rows of the weight belong to a program; larger ranks than `block_r` read them again."""
+
+    block_n: int
+    block_k: int
+    block_r: int
+    num_stages: int
+
+
 CONFIGS: dict[str, type[Config]] = {
+    "gated_activation": GatedActivation,
+    "grad_scale": GradScale,
+    "dora_weight_norm": DoraWeightNorm,
     "philox_dropout": PhiloxDropout,
     "splitk_reduce": SplitkReduce,
     "down_projection": DownProjection,
