@@ -8,6 +8,7 @@ from peft_kernels.ops import lora_linear
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._rows import rows, unflatten
+from peft_kernels.ops._tracing import fold_scaling
 
 SCHEMAS = {
     # u is what g scales: x Wᵀ + s (drop(x) Aᵀ) Bᵀ.
@@ -120,6 +121,7 @@ def _under_autocast(x, weight, bias, *others):
 
 def dora_linear(x, weight, bias, lora_A, lora_B, magnitude, weight_norm, scaling, dropout_p, seed):
     """The op with autograd, for arguments that `functional.dora_linear` has checked. `seed` is None without dropout."""
+    lora_B, scaling = fold_scaling(lora_B, scaling)
     arguments = (lora_A, lora_B, magnitude, weight_norm, scaling, dropout_p, seed)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return _under_autocast(x, weight, bias, *arguments)

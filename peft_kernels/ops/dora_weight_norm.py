@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import dispatch
+from peft_kernels.ops._tracing import fold_scaling
 
 SCHEMAS = {
     "dora_weight_norm": (
@@ -52,6 +53,7 @@ KERNELS = {"dora_weight_norm": (kernel, fake)}
 
 def dora_weight_norm(weight, lora_A, lora_B, scaling, weight_norm_squared):
     with torch.no_grad():
+        lora_B, scaling = fold_scaling(lora_B, scaling)
         return torch.ops.peft_kernels.dora_weight_norm(
             weight.detach(), lora_A.detach(), lora_B.detach(), scaling, weight_norm_squared
         )

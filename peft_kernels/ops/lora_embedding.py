@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peft_kernels import dispatch
 from peft_kernels.ops._backward import first_gradients
+from peft_kernels.ops._tracing import fold_scaling
 
 SCHEMAS = {
     "lora_embedding": "(Tensor ids, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
@@ -82,6 +83,7 @@ def _gradients(ctx, grad_y, saved):
 
 def lora_embedding(ids, weight, lora_A, lora_B, scaling, padding_idx):
     """The op with autograd, for arguments that `functional.lora_embedding` has checked."""
+    lora_B, scaling = fold_scaling(lora_B, scaling)
     if torch.is_grad_enabled():
         return LoraEmbedding.apply(ids, weight, lora_A, lora_B, scaling, padding_idx)
     return torch.ops.peft_kernels.lora_embedding(ids, weight, lora_A, lora_B, scaling)

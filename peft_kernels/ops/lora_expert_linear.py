@@ -10,6 +10,7 @@ from torch import Tensor
 from peft_kernels import dispatch
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._rows import row_bucket
+from peft_kernels.ops._tracing import fold_scaling
 from peft_kernels.ops.lora_linear import autocast_together
 
 SCHEMAS = {
@@ -111,6 +112,7 @@ def _gradients(ctx, grad_y, saved):
 
 def lora_expert_linear(x, weight, bias, lora_A, lora_B, offsets, scaling, dropout_p, seed):
     """The op with autograd, for arguments that `functional.lora_expert_linear` has checked."""
+    lora_B, scaling = fold_scaling(lora_B, scaling)
     others = (lora_A, lora_B, offsets, scaling, dropout_p, seed)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, weight, bias = autocast_together(x, weight, bias)

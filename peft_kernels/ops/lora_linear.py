@@ -11,6 +11,7 @@ from peft_kernels import dispatch
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._rows import row_bucket, rows, unflatten
+from peft_kernels.ops._tracing import fold_scaling
 
 SCHEMAS = {
     "lora_linear": (
@@ -156,6 +157,7 @@ def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     """The op with autograd, for arguments that `functional.lora_linear` has checked. `seed` is None without dropout."""
+    lora_B, scaling = fold_scaling(lora_B, scaling)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     if torch.is_grad_enabled():

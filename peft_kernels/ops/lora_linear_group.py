@@ -14,6 +14,7 @@ from peft_kernels import dispatch
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._rows import row_bucket, rows, unflatten
+from peft_kernels.ops._tracing import distinct, fold_scalings
 from peft_kernels.ops.lora_linear import autocast_together
 
 SCHEMAS = {
@@ -229,12 +230,12 @@ def _under_autocast(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dro
 
 def lora_linear_group(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask):
     """The op with autograd, for arguments that `functional.lora_linear_group` has checked and flattened."""
+    lora_Bs, scalings = fold_scalings(lora_Bs, scalings)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return _under_autocast(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask)
     if torch.is_grad_enabled():
-        return LoraLinearGroup.apply(
-            x, seeds, token_mask, scalings, outputs, dropout_ps, len(weights), *weights, *biases, *lora_As, *lora_Bs
-        )
+        tensors = distinct((*weights, *biases, *lora_As, *lora_Bs))
+        return LoraLinearGroup.apply(x, seeds, token_mask, scalings, outputs, dropout_ps, len(weights), *tensors)
     ys, _ = torch.ops.peft_kernels.lora_linear_group(
         x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask
     )

@@ -11,6 +11,7 @@ from peft_kernels import dispatch
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._rows import row_bucket, rows, unflatten
+from peft_kernels.ops._tracing import distinct, fold_scalings
 from peft_kernels.ops.lora_linear import autocast_together
 from peft_kernels.ops.lora_linear_group import GroupNeeds
 
@@ -187,11 +188,11 @@ def _under_autocast(x, weights, biases, *others):
 
 def lora_swiglu_mlp(x, weights, biases, lora_As, lora_Bs, scalings, outputs, activation, dropout_ps, seeds):
     """The op with autograd, for arguments that `functional.lora_swiglu_mlp` has checked and flattened."""
+    lora_Bs, scalings = fold_scalings(lora_Bs, scalings)
     others = (lora_As, lora_Bs, scalings, outputs, activation, dropout_ps, seeds)
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         return _under_autocast(x, weights, biases, *others)
     if torch.is_grad_enabled():
-        return LoraSwigluMlp.apply(
-            x, seeds, scalings, outputs, activation, dropout_ps, *weights, *biases, *lora_As, *lora_Bs
-        )
+        tensors = distinct((*weights, *biases, *lora_As, *lora_Bs))
+        return LoraSwigluMlp.apply(x, seeds, scalings, outputs, activation, dropout_ps, *tensors)
     return torch.ops.peft_kernels.lora_swiglu_mlp(x, weights, biases, *others)[0]
