@@ -18,7 +18,7 @@ class Config:
         return {name.upper() if name in _TILE else name: fields[name] for name in fields if name not in _HOST_ONLY}
 
 
-_TILE = frozenset(("block", "block_m", "block_n", "block_k", "block_r", "group_m", "unroll"))
+_TILE = frozenset(("block", "block_m", "block_n", "block_k", "block_r", "group_m", "unroll", "parts"))
 _HOST_ONLY = frozenset(("programs", "scratch_mib"))
 
 
@@ -59,6 +59,13 @@ class ExtendedGemm(Config):
     block_r: int
     group_m: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class PersistentGemm(ExtendedGemm):
+    """`parts` (1, 2 or 4): a tile is stored in so many pieces, each of which takes that much less shared memory."""
+
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ CONFIGS: dict[str, type[Config]] = {
     "down_projection": DownProjection,
     "extended_gemm": ExtendedGemm,
     "extended_gemm_tma": ExtendedGemm,
+    "extended_gemm_persistent": PersistentGemm,
     "grad_s_b": GradSB,
     "sum_over_rows": SumOverRows,
 }

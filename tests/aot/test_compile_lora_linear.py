@@ -29,6 +29,9 @@ TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 N, K, WIDEST_RANK, P = 4096, 4096, 128, 0.1
 
 
+PERSISTENT = "extended_gemm_persistent"
+
+
 class Case(NamedTuple):
     """One launch: a kernel in the configuration of one rule, at the largest sizes that the rule admits."""
 
@@ -49,6 +52,7 @@ FORMS = {
     "down_projection": ("S",),
     "extended_gemm": ("y", "dX"),
     "extended_gemm_tma": ("y", "dX"),
+    "extended_gemm_persistent": ("y", "dX"),
     "grad_s_b": ("dS+dB",),
     "sum_over_rows": ("dA",),
 }
@@ -70,7 +74,7 @@ def _cases() -> Iterator[Case]:
 
 
 def _chosen(case: Case):
-    sizes = {"m": case.m, "r": case.r}
+    sizes = {"m": case.m, "n": N, "r": case.r}
     return tuning.config(case.arch, case.kernel, case.dtype, dropout=case.dropout, **sizes)
 
 
@@ -92,10 +96,10 @@ def _launch_of(case: Case, n: int = N, k: int = K):
     dropout = (P, _meta(1, dtype=torch.int64)) if case.dropout else (0.0, None)
     return {
         "S": lambda: down_projection(x, a, *dropout),
-        "y": lambda: extended_gemm(x, weight.t(), s, b.t(), 2.0, bias),
-        "dX": lambda: extended_gemm(grad_y, weight, s, a, 2.0, None, *dropout),
-        "dS+dB": lambda: grad_s_b(grad_y, s, b, 2.0, torch.float32),
-        "dA": lambda: sum_over_rows(s, x, 2.0, torch.float32, *dropout),
+        "y": lambda: extended_gemm(x, weight.t(), s, b.t(), 2.0, bias, overlap=True),
+        "dX": lambda: extended_gemm(grad_y, weight, s, a, 2.0, None, *dropout, overlap=True),
+        "dS+dB": lambda: grad_s_b(grad_y, s, b),
+        "dA": lambda: sum_over_rows(s, x, 2.0, torch.float32, *dropout, overlap=True),
         "dB": lambda: sum_over_rows(s, grad_y, 2.0, torch.float32, transposed=True),
     }[case.form]
 
@@ -103,6 +107,8 @@ def _launch_of(case: Case, n: int = N, k: int = K):
 def _compiled(monkeypatch, case: Case, **sizes: int):
     if case.kernel == "extended_gemm":  # otherwise for operands that TMA cannot address
         monkeypatch.setattr(_extended_gemm, "fits", lambda x, w: False)
+    elif case.kernel == "extended_gemm_tma":  # ... and this for results that it cannot
+        monkeypatch.setattr(_extended_gemm, "rows_fit", lambda out: False)
     (kernel,) = compile_launches(monkeypatch, case.arch, _launch_of(case, **sizes))
     return disassemble(kernel)
 
@@ -121,7 +127,7 @@ def test_a_configuration_of_tuning(monkeypatch, case):
     assert machine.local_bytes == 0, f"{machine.local_bytes} bytes of registers spilled"
     assert machine.shared_bytes <= SHARED_MEMORY[case.arch]
     assert machine.tensor_core == _expected_tensor_core(case)
-    if case.kernel == "extended_gemm_tma":
+    if case.kernel in ("extended_gemm_tma", "extended_gemm_persistent"):
         assert machine.copies == 0
         assert machine.bulk_copies >= 2, "global to shared memory not by TMA"
     else:
@@ -138,7 +144,7 @@ def test_every_rule_of_tuning_is_compiled():
 @pytest.mark.parametrize("form", ["S", "y", "dX", "dS+dB", "dA", "dB"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
 def test_the_usual_rank(monkeypatch, form, dtype):
-    kernel = {"y": "extended_gemm_tma", "dX": "extended_gemm_tma", "dB": "sum_over_rows"}.get(form)
+    kernel = {"y": PERSISTENT, "dX": PERSISTENT, "dB": "sum_over_rows"}.get(form)
     kernel = kernel or next(name for name, forms in FORMS.items() if form in forms)
     machine = _compiled(monkeypatch, Case(kernel, "sm_90", dtype, False, 8192, 16, form))
     assert machine.local_bytes == 0

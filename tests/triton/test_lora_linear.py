@@ -57,14 +57,51 @@ def test_several_tiles_and_splits_of_each_architecture(arch, m, r, dropout_p):
     assert_as_accurate_as_eager(problem, problem.run())
 
 
-@pytest.mark.parametrize(("m", "r", "dropout_p"), [(50, 5, 0.3), (300, 70, 0.3)])
-def test_tma_form(m, r, dropout_p, monkeypatch):
-    """Rows of a multiple of 16 bytes go through descriptors on sm_90, forward and backward; each size has a tail."""
+PERSISTENT, TMA = "extended_gemm_persistent", "extended_gemm_tma"
+
+
+@pytest.mark.parametrize("form", [PERSISTENT, TMA])
+@pytest.mark.parametrize(("m", "r", "dropout_p"), [(50, 5, 0.3), (300, 70, 0.3), (600, 16, 0.0)])
+def test_forms_with_descriptors(form, m, r, dropout_p, monkeypatch):
+    """Rows of a multiple of 16 bytes go through descriptors on sm_90, forward and backward; each size has a tail, and
+    the persistent form has several tiles a program."""
+    monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
+    if form == TMA:
+        _without(monkeypatch, PERSISTENT)
+    launched = _launches(monkeypatch)
+    problem = LoraProblem(m, 136, 520, r, dtype=F16, dropout_p=dropout_p)
+    assert_as_accurate_as_eager(problem, problem.run())
+    assert launched.count(f"_{form}") == 2
+
+
+def _without(monkeypatch, kernel: str) -> None:
+    """No configuration of `kernel` from now on."""
+    choose = tuning.config
+    monkeypatch.setattr(tuning, "config", lambda arch, k, *a, **s: None if k == kernel else choose(arch, k, *a, **s))
+
+
+@pytest.mark.parametrize("scaling", [1.5, -0.3, 0.0])
+@pytest.mark.parametrize(("m", "r"), [(300, 3), (600, 16), (140, 96)])
+def test_low_rank_step_last(m, r, scaling, monkeypatch):
+    """The form that bfloat16 takes, here in float16, since the interpreter cannot do bfloat16."""
+    from peft_kernels.kernels.triton import _extended_gemm
+
+    monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(_extended_gemm, "low_rank_last", lambda dtype, dropout: not dropout)
+    launched = _launches(monkeypatch)
+    problem = LoraProblem(m, 136, 520, r, dtype=F16, scaling=scaling)
+    assert_as_accurate_as_eager(problem, problem.run())
+    assert launched.count(f"_{PERSISTENT}") == 2
+
+
+def test_rows_of_y_that_tma_cannot_address(monkeypatch):
+    """N = 67: x and W have rows for descriptors, y has not."""
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
     launched = _launches(monkeypatch)
-    problem = LoraProblem(m, 136, 264, r, dtype=F16, dropout_p=dropout_p)
+    problem = LoraProblem(70, 136, 67, 8, dtype=F16)
     assert_as_accurate_as_eager(problem, problem.run())
-    assert launched.count("_extended_gemm_tma") == 2
+    assert "_extended_gemm_tma" in launched
+    assert "_extended_gemm" in launched
 
 
 def _misaligned_base(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from peft_kernels import tuning
 from peft_kernels.kernels.reference.philox_dropout import LANES, scale, threshold
@@ -22,7 +23,7 @@ def down_projection(x: Tensor, a: Tensor, dropout_p: float = 0.0, seed: Tensor |
     """drop(x) aᵀ for x [M, K] and a [r, K] of one dtype and any strides; [M, r] in that dtype, summed in float32."""
     (m, k), r = x.shape, a.shape[0]
     config = tuning.config(
-        _launch.architecture(x.device), "down_projection", x.dtype, dropout=seed is not None, m=m, r=r
+        _launch.architecture(x.device), "down_projection", x.dtype, dropout=seed is not None, m=_launch.bucket(m), r=r
     )
     block_r = min(_launch.padded_rank(r), config.block_r)
     tiles = _launch.blocks(m, config.block_m) * _launch.blocks(r, block_r)
@@ -33,7 +34,8 @@ def down_projection(x: Tensor, a: Tensor, dropout_p: float = 0.0, seed: Tensor |
             _down_projection, (tiles, splits), x.device,
             x, a, out, seed, m, k, r, k_per_split, *x.stride(), *a.stride(),
             -(-k // LANES), threshold(dropout_p), scale(dropout_p),
-            PRECISION=_launch.dot_precision(x.dtype), **{**config.options(), "BLOCK_R": block_r},
+            PRECISION=_launch.dot_precision(x.dtype), TRIGGER=_launch.overlaps(x.device),
+            **{**config.options(), "BLOCK_R": block_r},
         )  # fmt: skip
     return out[0] if splits == 1 else torch.ops.peft_kernels.splitk_reduce(out, 1.0, x.dtype)
 
@@ -42,8 +44,11 @@ def down_projection(x: Tensor, a: Tensor, dropout_p: float = 0.0, seed: Tensor |
 def _down_projection(
     x, a, out, seed, M, K, R, k_per_split, stride_xm, stride_xk, stride_ar, stride_ak, groups, threshold, scale,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    TRIGGER: tl.constexpr,
 ):  # fmt: skip
     """out[split, M, R] (contiguous) = the sum over this split's columns of drop(x) aᵀ. No dropout when seed is None."""
+    if TRIGGER:  # a GEMM launched to overlap starts its main loop as soon as all programs of this kernel run
+        gdc_launch_dependents()
     pid, split = tl.program_id(0), tl.program_id(1)
     blocks_r = tl.cdiv(R, BLOCK_R)  # the rank blocks of the same rows run together and share x in L2
     rows = (pid // blocks_r).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

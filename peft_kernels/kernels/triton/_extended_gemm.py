@@ -21,7 +21,8 @@ from torch import Tensor
 from peft_kernels import tuning
 from peft_kernels.kernels.reference.philox_dropout import LANES, scale, threshold
 from peft_kernels.kernels.triton import _launch
-from peft_kernels.kernels.triton._extended_gemm_tma import _extended_gemm_tma, descriptors, fits
+from peft_kernels.kernels.triton._extended_gemm_persistent import _extended_gemm_persistent, output_descriptor
+from peft_kernels.kernels.triton._extended_gemm_tma import _extended_gemm_tma, descriptors, fits, rows_fit
 from peft_kernels.kernels.triton._gemm_tile import finish, low_rank, tile_of
 
 
@@ -34,34 +35,70 @@ def extended_gemm(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """x w + bias + scaling · drop(s b) for x [M, K], w [K, N], s [M, r], b [r, N] of one dtype and any strides; [M, N].
 
     Dropout, when there is a seed, has the mask of a matrix [M, N].
+
+    Args:
+        overlap: the launch before this one on this stream was an ordinary one, wrote `s`, and wrote nothing else that
+            is read here. The GEMM may then start under it (`_launch.OVERLAP`).
     """
     (m, k), n, r = x.shape, w.shape[1], b.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    arch, sizes = _launch.architecture(x.device), {"dropout": seed is not None, "m": m, "r": r}
-    config = tuning.config(arch, "extended_gemm_tma", x.dtype, **sizes) if fits(x, w) else None
+    form, config = _form(x, w, out, r, seed is not None)
+    options: dict[str, Any] = {**config.options(), "BLOCK_R": min(_launch.padded_rank(r), config.block_r)}
+    grid = _launch.blocks(m, config.block_m) * _launch.blocks(n, config.block_n)
+    operands: tuple[Any, ...]
+    trailing: tuple[Any, ...] = (out, seed)
     strides: tuple[int, ...] = ()
-    options: dict[str, Any] = {"W_TRANSPOSED": w.stride(0) == 1}
-    if config is not None:
+    if form == "extended_gemm_persistent":
+        kernel, operands = _extended_gemm_persistent, (*descriptors(x, w, config), output_descriptor(out, config))
+        grid = min(grid, _launch.multiprocessors(x.device))
+        options |= {
+            "W_TRANSPOSED": w.stride(0) == 1,
+            "LOW_RANK_LAST": low_rank_last(x.dtype, seed is not None),
+            "ONE_STEP": r <= config.block_r,
+            **_launch.overlapping(overlap, x.device),
+        }
+        trailing = (seed,)
+    elif form == "extended_gemm_tma":
         kernel, operands = _extended_gemm_tma, descriptors(x, w, config)
+        options["W_TRANSPOSED"] = w.stride(0) == 1
     else:
-        config = tuning.config(arch, "extended_gemm", x.dtype, **sizes)
         kernel, operands, strides = _extended_gemm, (x, w), (*x.stride(), *w.stride())
-        options = {"PRECISION": _launch.dot_precision(x.dtype)}
-    grid = (_launch.blocks(m, config.block_m) * _launch.blocks(n, config.block_n),)
+        options["PRECISION"] = _launch.dot_precision(x.dtype)
     _launch.launch(
-        kernel, grid, x.device,
-        *operands, s, b, bias, out, seed, m, n, k, r, *strides,
+        kernel, (grid,), x.device,
+        *operands, s, b, bias, *trailing, m, n, k, r, *strides,
         *s.stride(), *b.stride(), 0 if bias is None else bias.stride(0),
-        -(-n // LANES), threshold(dropout_p), scaling * scale(dropout_p),
-        **{**config.options(), "BLOCK_R": min(_launch.padded_rank(r), config.block_r)}, **options,
+        -(-n // LANES), threshold(dropout_p), scaling * scale(dropout_p), **options,
     )  # fmt: skip
     return out
+
+
+def low_rank_last(dtype: torch.dtype, dropout: bool) -> bool:
+    """Where the persistent form puts the low-rank step; why: `_extended_gemm_persistent`."""
+    return dtype == torch.bfloat16 and not dropout
+
+
+def _form(x: Tensor, w: Tensor, out: Tensor, r: int, dropout: bool) -> tuple[str, Any]:
+    """The first form that takes these strides and addresses and has a configuration for these sizes, and that."""
+    forms = ["extended_gemm"]
+    if fits(x, w):
+        forms.insert(0, "extended_gemm_tma")
+        if rows_fit(out):
+            forms.insert(0, "extended_gemm_persistent")
+    arch, sizes = _launch.architecture(x.device), {"m": _launch.bucket(x.shape[0]), "n": w.shape[1], "r": r}
+    for form in forms:
+        config = tuning.config(arch, form, x.dtype, dropout=dropout, **sizes)
+        if config is not None:
+            return form, config
+    raise AssertionError(f"tuning has no configuration of extended_gemm for {arch}, {x.dtype}")
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -76,7 +113,7 @@ def _extended_gemm(
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     total = low_rank(
         s, b, seed, row, column, M, N, R, stride_sm, stride_sr, stride_br, stride_bn, groups, threshold, factor,
-        BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_R, False, PRECISION,
     )  # fmt: skip
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     rows_in, columns_in = rows < M, columns < N

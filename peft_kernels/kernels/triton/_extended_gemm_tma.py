@@ -23,10 +23,11 @@ _LARGEST = 1 << 31
 
 def fits(x: Tensor, w: Tensor) -> bool:
     """Whether x [M, K] and w [K, N] or its transpose are rows that TMA can address, of 16-bit numbers."""
-    return x.dtype.itemsize == 2 and _rows_fit(x) and (_rows_fit(w) or _rows_fit(w.t()))
+    return x.dtype.itemsize == 2 and rows_fit(x) and (rows_fit(w) or rows_fit(w.t()))
 
 
-def _rows_fit(tensor: Tensor) -> bool:
+def rows_fit(tensor: Tensor) -> bool:
+    """Whether TMA can address the rows of `tensor`: contiguous, 16-byte aligned, not overlapping."""
     size, (row_stride, element_stride) = tensor.element_size(), tensor.stride()
     return (
         element_stride == 1
@@ -59,7 +60,7 @@ def _extended_gemm_tma(
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     total = low_rank(
         s, b, seed, row, column, M, N, R, stride_sm, stride_sr, stride_br, stride_bn, groups, threshold, factor,
-        BLOCK_M, BLOCK_N, BLOCK_R, "ieee",
+        BLOCK_M, BLOCK_N, BLOCK_R, False, "ieee",
     )  # fmt: skip
     first_row, first_column = row.to(tl.int32), column.to(tl.int32)
     for k in range(0, K, BLOCK_K):

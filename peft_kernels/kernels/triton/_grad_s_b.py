@@ -14,18 +14,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from peft_kernels import tuning
 from peft_kernels.kernels.triton import _launch
 
 
-def grad_s_b(grad_y: Tensor, s: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """(dY b [M, r] in dY's dtype, scaling · dYᵀ s [N, r] in `dtype`), or None where two passes are the better way.
+def grad_s_b(grad_y: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(dY b [M, r] in dY's dtype, dYᵀ s as float32 partials [row blocks, N, r]), or None where two passes are the
+    better way. The last launch is the one that writes dY b: the partials are left to the caller to add, later.
 
     grad_y [M, N], s [M, r], b [N, r] are of one dtype and any strides.
     """
     (m, n), r = grad_y.shape, b.shape[1]
-    config = tuning.config(_launch.architecture(grad_y.device), "grad_s_b", grad_y.dtype, m=m, r=r)
+    config = tuning.config(_launch.architecture(grad_y.device), "grad_s_b", grad_y.dtype, m=_launch.bucket(m), r=r)
     if config is None or m == 0 or n == 0:
         return None
     blocks_m = _launch.blocks(m, config.block_m)
@@ -37,10 +39,10 @@ def grad_s_b(grad_y: Tensor, s: Tensor, b: Tensor, scaling: float, dtype: torch.
     _launch.launch(
         _grad_s_b, (blocks_m, splits), grad_y.device,
         grad_y, s, b, grad_s, grad_b, m, n, r, n_per_split, *grad_y.stride(), *s.stride(), *b.stride(),
-        BLOCK_R=_launch.padded_rank(r), PRECISION=_launch.dot_precision(grad_y.dtype), **config.options(),
+        BLOCK_R=_launch.padded_rank(r), PRECISION=_launch.dot_precision(grad_y.dtype),
+        TRIGGER=_launch.overlaps(grad_y.device), **config.options(),
     )  # fmt: skip
-    reduce = torch.ops.peft_kernels.splitk_reduce
-    return grad_s[0] if splits == 1 else reduce(grad_s, 1.0, grad_y.dtype), reduce(grad_b, scaling, dtype)
+    return grad_s[0] if splits == 1 else torch.ops.peft_kernels.splitk_reduce(grad_s, 1.0, grad_y.dtype), grad_b
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -48,8 +50,11 @@ def _grad_s_b(
     grad_y, s, b, grad_s, grad_b, M, N, R, n_per_split,
     stride_ym, stride_yn, stride_sm, stride_sr, stride_bn, stride_br,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    TRIGGER: tl.constexpr,
 ):  # fmt: skip
     """grad_s [split, M, R] and grad_b [row block, N, R], both contiguous."""
+    if TRIGGER:  # as in `_down_projection`
+        gdc_launch_dependents()
     block_m, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)

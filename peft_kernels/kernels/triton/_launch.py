@@ -20,6 +20,8 @@ INTERPRETER_IS_FOR_TESTS = "TRITON_INTERPRET is set: the interpreter is for test
 
 # The interpreter has no architecture; these block sizes serve it as well as any.
 _ARCH_OF_CPU = "sm_80"
+# ... and persistent kernels take several tiles each with so few programs.
+_PROGRAMS_OF_CPU = 3
 
 
 def unavailable(device: str, index: int | None, *dtypes: torch.dtype) -> str | None:
@@ -64,6 +66,42 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*arguments, **options)
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a persistent kernel run side by side."""
+    return _multiprocessors(device.index) if device.type == "cuda" else _PROGRAMS_OF_CPU
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels of this device have programmatic dependent launch (compute capability 9.0 and newer).
+
+    A kernel of the library that runs `gdc_launch_dependents` lets the next one start beside it, if that one is launched
+    with the options of `overlapping`; any other next kernel waits for its end as ever.
+    """
+    return device.type != "cpu" and int(architecture(device).removeprefix("sm_")) >= 90
+
+
+def overlapping(wanted: bool, device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may start before its predecessor on the stream has ended, where `wanted` and possible.
+
+    The kernel runs `gdc_wait` before it reads what the predecessor wrote, before it writes what that one may still
+    read, and in any case before it ends: the launch after it must find both complete. The predecessor was launched in
+    the ordinary way, or waits itself before it lets others start, so that all that came before it is complete.
+    """
+    overlap = wanted and overlaps(device)
+    return {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
+
+
+def bucket(m: int) -> int:
+    """M rounded up to a power of two: what configurations are chosen by, so that their number does not grow with the
+    batch sizes that occur."""
+    return 1 << (m - 1).bit_length() if m > 0 else 0
 
 
 def blocks(size: int, block: int) -> int:

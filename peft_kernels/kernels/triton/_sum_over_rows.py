@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from peft_kernels import tuning
 from peft_kernels.kernels.reference.philox_dropout import LANES, scale, threshold
@@ -27,9 +28,15 @@ def sum_over_rows(
     seed: Tensor | None = None,
     *,
     transposed: bool = False,
+    overlap: bool = False,
 ) -> Tensor:
     """scaling · lowᵀ drop(x) for low [M, r] and x [M, K] of one dtype and any strides; [r, K] in `dtype`, or its
-    transpose [K, r], contiguous either way."""
+    transpose [K, r], contiguous either way.
+
+    Args:
+        overlap: the launch before this one on this stream is an `extended_gemm` that neither wrote `low` nor `x`, and
+            no tensor that it reads was freed since. The pass may then run beside that GEMM's last tiles.
+    """
     (m, k), r = x.shape, low.shape[1]
     config = tuning.config(_launch.architecture(x.device), "sum_over_rows", x.dtype, dropout=seed is not None, r=r)
     block_r = min(_launch.padded_rank(r), config.block_r)
@@ -44,6 +51,7 @@ def sum_over_rows(
             low, x, partials, seed, m, k, r, m_per_split, *low.stride(), *x.stride(), *strides,
             -(-k // LANES), threshold(dropout_p),
             PRECISION=_launch.dot_precision(x.dtype), **{**config.options(), "BLOCK_R": block_r},
+            **_launch.overlapping(overlap, x.device),
         )  # fmt: skip
     return torch.ops.peft_kernels.splitk_reduce(partials, scaling * scale(dropout_p), dtype)
 
@@ -53,6 +61,7 @@ def _sum_over_rows(
     low, x, out, seed, M, K, R, m_per_split, stride_lm, stride_lr, stride_xm, stride_xk, stride_or, stride_ok,
     groups, threshold,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[split] (R K numbers, strides given) = lowᵀ x over this split's rows; x is masked when there is a seed."""
     pid, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -87,3 +96,5 @@ def _sum_over_rows(
 
     out_pointers = out + split * K * R + ranks[:, None] * stride_or + columns[None, :] * stride_ok
     tl.store(out_pointers, total, mask=ranks_in[:, None] & columns_in[None, :])
+    if OVERLAP:
+        gdc_wait()

@@ -36,8 +36,10 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     from peft_kernels.kernels.triton._down_projection import down_projection
     from peft_kernels.kernels.triton._extended_gemm import extended_gemm
 
-    s = down_projection(x, lora_A.to(x.dtype), dropout_p, seed)
-    return extended_gemm(x, weight.t(), s, lora_B.to(x.dtype).t(), scaling, bias), s
+    # Cast before S: nothing may be launched between S and the GEMM that overlaps it.
+    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    s = down_projection(x, a, dropout_p, seed)
+    return extended_gemm(x, weight.t(), s, b.t(), scaling, bias, overlap=True), s
 
 
 def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
@@ -46,28 +48,30 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     from peft_kernels.kernels.triton._sum_over_rows import sum_over_rows
 
     need_x, need_weight, need_bias, need_a, need_b = needs
-    grad_s, grad_b = _grad_s_and_b(grad_y, s, lora_B, scaling, need_x or need_a, need_b)
-    grad_x = grad_a = None
+    # `a` lives until the end: dA's pass may run beside the GEMM that reads it, and must not be given its memory.
+    a, b = lora_A.to(grad_y.dtype), lora_B.to(grad_y.dtype)
+    grad_s, partials_b = _grad_s(grad_y, s, b, need_x or need_a, need_b)
+    grad_x = grad_a = grad_b = None
     if need_x:
-        grad_x = extended_gemm(grad_y, weight, grad_s, lora_A.to(grad_y.dtype), scaling, None, dropout_p, seed)
+        grad_x = extended_gemm(grad_y, weight, grad_s, a, scaling, None, dropout_p, seed, overlap=True)
     if need_a:
-        grad_a = sum_over_rows(grad_s, x, scaling, lora_A.dtype, dropout_p, seed)
+        grad_a = sum_over_rows(grad_s, x, scaling, lora_A.dtype, dropout_p, seed, overlap=need_x)
+    if partials_b is not None:
+        grad_b = torch.ops.peft_kernels.splitk_reduce(partials_b, scaling, lora_B.dtype)
+    elif need_b:
+        grad_b = sum_over_rows(s, grad_y, scaling, lora_B.dtype, transposed=True)
     grad_weight = torch.mm(grad_y.t(), x) if need_weight else None
-    grad_bias = grad_y.sum(0, dtype=torch.promote_types(torch.float32, grad_y.dtype)) if need_bias else None
+    grad_bias = grad_y.sum(0) if need_bias else None
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 
-def _grad_s_and_b(grad_y, s, lora_B, scaling, need_s, need_b):
-    """dS [M, r], not yet multiplied by scaling, and dB [N, r]: together where one pass over dY serves both."""
+def _grad_s(grad_y, s, b, need_s, need_b):
+    """dS [M, r], not yet multiplied by scaling, and the partials of dB where one pass over dY serves both, else None.
+    The last launch is the one that writes dS."""
     from peft_kernels.kernels.triton._down_projection import down_projection
     from peft_kernels.kernels.triton._grad_s_b import grad_s_b
-    from peft_kernels.kernels.triton._sum_over_rows import sum_over_rows
 
-    b = lora_B.to(grad_y.dtype)
-    if need_s and need_b:
-        both = grad_s_b(grad_y, s, b, scaling, lora_B.dtype)
-        if both is not None:
-            return both
-    grad_s = down_projection(grad_y, b.t()) if need_s else None
-    grad_b = sum_over_rows(s, grad_y, scaling, lora_B.dtype, transposed=True) if need_b else None
-    return grad_s, grad_b
+    if not need_s:
+        return None, None
+    both = grad_s_b(grad_y, s, b) if need_b else None
+    return both if both is not None else (down_projection(grad_y, b.t()), None)
