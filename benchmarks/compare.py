@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import NamedTuple, Protocol
 
+from peft_kernels.tuning.timing import quartiles
+
 
 class Sampler(Protocol):
     def sample(self) -> float: ...
@@ -33,7 +35,7 @@ class Ratio(NamedTuple):
 def of_pairs(pairs: list[tuple[float, float]]) -> Ratio:
     """The `Ratio` of pairs (a, b) that were measured one right after the other."""
     ratios = [a / b for a, b in pairs]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, middle, high = quartiles(ratios)
     columns = list(zip(*pairs, strict=True))
     a, b = map(statistics.median, columns)
     best_a, best_b = map(min, columns)

@@ -54,8 +54,13 @@ class Case:
 
     def call(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The op's output for these tensors, by whatever implementation is in force."""
-        y = getattr(functional, self.op)(**nested(tensors), **self.options)
-        return y if isinstance(y, Tensor) else torch.cat(tuple(y), -1)
+        ys = self.outputs(tensors)
+        return ys[0] if len(ys) == 1 else torch.cat(ys, -1)
+
+    def outputs(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """As `call`, each output by itself."""
+        ys = getattr(functional, self.op)(**nested(tensors), **self.options)
+        return (ys,) if isinstance(ys, Tensor) else tuple(ys)
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors detached, those in `grads` requiring gradients; floating-point ones in `dtype` if given."""
@@ -83,11 +88,12 @@ class Shape:
 
 
 class Draw:
-    """Normal numbers, drawn on the device itself in float64 or, where they are many, in float32."""
+    """Normal numbers, drawn on the device itself: in float64 on a CPU, in float32 where they are many. On the meta
+    device there are sizes only."""
 
     def __init__(self, device: str | torch.device, seed: int = 1) -> None:
         self.device = torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(seed)
 
     def __call__(self, dtype: torch.dtype, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
         wide = torch.float64 if self.device.type == "cpu" else torch.float32

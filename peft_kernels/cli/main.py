@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 
 import peft_kernels
-from peft_kernels.cli import bench, doctor, finetune
+from peft_kernels.cli import bench, doctor, finetune, tune
 from peft_kernels.cli.errors import CommandError, UsageError
 
-COMMANDS = {"doctor": doctor, "finetune": finetune, "bench": bench}
+COMMANDS = {"doctor": doctor, "finetune": finetune, "bench": bench, "tune": tune}
 
 
 def build_parser() -> argparse.ArgumentParser:

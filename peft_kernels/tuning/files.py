@@ -8,25 +8,33 @@
       ]},
       "measured": [                             what was measured to beat the alternative on this architecture
         {"op": "lora_linear", "speedup": 1.2,   alternative's time / kernel's time
-         "result": "benchmarks/results/...",    the file that shows it
-         "m": [1024, 16384], "dtype": "bfloat16"}    bounds on fields of the op's Problem
-      ]
+         "rival": "composed",                   the alternative
+         "m": [1025, 16384], "dtype": "bfloat16",    bounds on fields of the op's Problem
+         "provenance": {...}}                   GPU, versions and sources; when these change, the entry no longer counts
+      ],
+      "tuned": [...]                            every measurement behind `measured` (tuning/points.py)
     }
 
-`"configs_of": "sm_80"` in place of `kernels` takes the rules of another architecture.
+`"configs_of": "sm_80"` in place of `kernels` takes the rules of another architecture. `measured` and `tuned` are
+written by `peft-kernels tune`: by default into a file of the same form in the user's folder, whose rules are not used.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from peft_kernels.tuning.configs import CONFIGS, Config
+from peft_kernels.tuning.points import plain, provenance_of
+from peft_kernels.tuning.provenance import Provenance
 
 FOLDER = Path(__file__).parent
+FOLDER_VARIABLE = "PEFT_KERNELS_TUNING"
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -53,26 +61,25 @@ class Rule:
 
 @dataclass(frozen=True)
 class Win:
-    """`speedup` over the alternative was measured within `bounds`: (field of the op's Problem, lowest, highest)."""
+    """`speedup` over `rival` was measured within `bounds`: (field of the op's Problem, lowest, highest)."""
 
     op: str
     speedup: float
-    result: str
+    rival: str
+    provenance: Provenance
     bounds: tuple[tuple[str, Any, Any], ...]
 
     def covers(self, problem: Any) -> bool:
-        return all(lowest <= _plain(getattr(problem, name)) <= highest for name, lowest, highest in self.bounds)
+        return all(lowest <= plain(getattr(problem, name)) <= highest for name, lowest, highest in self.bounds)
 
 
 @dataclass(frozen=True)
 class Architecture:
+    """`tuned` holds points as they are in the file: those of changed kernels cannot be read, and need not be."""
+
     rules: dict[str, tuple[Rule, ...]]
     measured: tuple[Win, ...]
-
-
-def _plain(value: Any) -> Any:
-    """Numbers as they are; a torch.dtype by its name, as the files spell it."""
-    return value if isinstance(value, int) else str(value).removeprefix("torch.")
+    tuned: tuple[dict[str, Any], ...]
 
 
 def number(arch: str) -> int:
@@ -91,24 +98,52 @@ def known_architectures() -> tuple[str, ...]:
 @functools.cache
 def load(arch: str) -> Architecture:
     """The file of `arch`. Raises TuningError where it is not as described above."""
-    path = FOLDER / f"{arch}.json"
+    return read(FOLDER / f"{arch}.json")
+
+
+def read(path: Path) -> Architecture:
+    """The file at `path`, named after its architecture.
+
+    Raises:
+        TuningError: it is not as described above.
+        OSError: it cannot be read.
+    """
+    return parse(content_of(path), path.name)
+
+
+def content_of(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise TuningError(f"{path.name}: not JSON: {error}") from error
-    return parse(content, path.name)
+
+
+def user_folder() -> Path:
+    """Where `peft-kernels tune` writes: the folder that PEFT_KERNELS_TUNING names, or the user's configuration folder
+    of this platform."""
+    home = Path.home()
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(folder)
+    if sys.platform == "win32":
+        return Path(os.environ.get("APPDATA") or home / "AppData" / "Roaming") / "peft_kernels"
+    if sys.platform == "darwin":
+        return home / "Library" / "Application Support" / "peft_kernels"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config") / "peft_kernels"
 
 
 def parse(content: Any, name: str) -> Architecture:
     """An architecture from the content of its file `name`."""
-    _expect_keys(content, {"arch", "measured"}, {"kernels", "configs_of"}, name)
+    _expect_keys(content, {"arch", "measured"}, {"kernels", "configs_of", "tuned"}, name)
     if f"{content['arch']}.json" != name:
         raise TuningError(f"{name}: arch is {content['arch']!r}; expected {name.removesuffix('.json')!r}")
     if ("kernels" in content) == ("configs_of" in content):
         raise TuningError(f"{name}: expected either 'kernels' or 'configs_of'")
     measured = tuple(_win(entry, f"{name}: measured[{i}]") for i, entry in enumerate(content["measured"]))
+    tuned = tuple(_point(entry, f"{name}: tuned[{i}]") for i, entry in enumerate(content.get("tuned", ())))
     if "configs_of" in content:
-        return Architecture(load(content["configs_of"]).rules, measured)
+        if content["configs_of"] not in known_architectures():
+            raise TuningError(f"{name}: configs_of is {content['configs_of']!r}, an architecture without a file")
+        return Architecture(load(content["configs_of"]).rules, measured, tuned)
     kernels = content["kernels"]
     _expect_keys(kernels, set(CONFIGS), set(), f"{name}: kernels")
     return Architecture(
@@ -117,6 +152,7 @@ def parse(content: Any, name: str) -> Architecture:
             for kernel, entries in kernels.items()
         },
         measured,
+        tuned,
     )
 
 
@@ -130,7 +166,7 @@ def _expect_keys(content: Any, required: set[str], optional: set[str], where: st
 
 def _rule(kernel: str, entry: Any, where: str) -> Rule:
     names = {field.name for field in fields(CONFIGS[kernel])}
-    limits = {key: entry[key] for key in entry if key.startswith("max_")}
+    limits = {key: entry[key] for key in entry if key.startswith("max_") and key not in names}
     _expect_keys(entry, names, {"dtype", "dropout", *limits}, where)
     values = {key: entry[key] for key in names}
     for key, value in (values | limits).items():
@@ -150,12 +186,30 @@ def _rule(kernel: str, entry: Any, where: str) -> Rule:
     )
 
 
+_WIN = {"op", "speedup", "rival", "provenance"}
+_POINT = {"op", "problem", "rival", "provenance", "complete", "compared", "kernels"}
+
+
 def _win(entry: Any, where: str) -> Win:
-    bounds = set(entry) - {"op", "speedup", "result"} if isinstance(entry, dict) else set()
-    _expect_keys(entry, {"op", "speedup", "result"}, bounds, where)
+    bounds = sorted(set(entry) - _WIN) if isinstance(entry, dict) else []
+    _expect_keys(entry, _WIN, set(bounds), where)
     if not isinstance(entry["speedup"], (int, float)) or entry["speedup"] <= 1:
         raise TuningError(f"{where}: speedup is {entry['speedup']!r}; expected a number above 1")
-    return Win(entry["op"], float(entry["speedup"]), entry["result"], tuple(_bound(k, entry[k], where) for k in bounds))
+    return Win(
+        entry["op"], float(entry["speedup"]), entry["rival"], _provenance(entry, where),
+        tuple(_bound(name, entry[name], where) for name in bounds),
+    )  # fmt: skip
+
+
+def _point(entry: Any, where: str) -> dict[str, Any]:
+    _expect_keys(entry, _POINT, set(), where)
+    _provenance(entry, where)
+    return entry
+
+
+def _provenance(entry: Any, where: str) -> Provenance:
+    _expect_keys(entry["provenance"], {field.name for field in fields(Provenance)}, set(), f"{where}: provenance")
+    return provenance_of(entry)
 
 
 def _bound(key: str, value: Any, where: str) -> tuple[str, Any, Any]:

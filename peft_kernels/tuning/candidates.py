@@ -1,0 +1,148 @@
+"""Which configurations `peft-kernels tune` tries for a kernel.
+
+Around the configuration in force: values of `SPACES` one step away in one field ("small"), or any of them in up to two
+fields ("full"). Besides, every configuration that a rule of any architecture gives to the kernel, and for kernels that
+an op can do without, none at all. A kernel without a space is tried with the rules' configurations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from peft_kernels.tuning.configs import Config
+from peft_kernels.tuning.files import known_architectures, load
+from peft_kernels.tuning.trials import Answer
+
+SMALL, FULL = "small", "full"
+EXTENTS = (SMALL, FULL)
+# Accumulators a thread can hold beside what a main loop needs; more always spills.
+MOST_ACCUMULATORS = 128
+THREADS_PER_WARP = 32
+
+
+@dataclass(frozen=True)
+class Space:
+    """Values to try of a configuration's fields, and what bounds their combinations.
+
+    Attributes:
+        fields: (field, values in order).
+        per_multiprocessor: fields whose values are multiples of the GPU's number of multiprocessors.
+        staged: tiles, each two fields, of which `num_stages` copies are in shared memory.
+        accumulated: the tile, two fields, that is summed in registers, or None.
+        optional: the op can do without this kernel.
+    """
+
+    fields: tuple[tuple[str, tuple[int, ...]], ...]
+    per_multiprocessor: tuple[str, ...] = ()
+    staged: tuple[tuple[str, str], ...] = ()
+    accumulated: tuple[str, str] | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What bounds a candidate: multiprocessors, bytes of shared memory that one program can have."""
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+_WARPS, _STAGES, _PROGRAMS = ("num_warps", (4, 8)), ("num_stages", (2, 3, 4, 5)), ("programs", (1, 2, 4))
+
+
+def _gemm(*more: tuple[str, tuple[int, ...]], optional: bool = True) -> Space:
+    tiles = (
+        ("block_m", (16, 32, 64, 128, 256)), ("block_n", (64, 128, 256)), ("block_k", (32, 64, 128)),
+        ("group_m", (4, 8, 16)),
+    )  # fmt: skip
+    staged = (("block_m", "block_k"), ("block_k", "block_n"))
+    return Space((*tiles, _WARPS, _STAGES, *more), (), staged, ("block_m", "block_n"), optional)
+
+
+SPACES: dict[str, Space] = {
+    "philox_dropout": Space((("block", (1024, 2048, 4096)), ("block_k", (256, 512, 1024)), _WARPS)),
+    "splitk_reduce": Space((("block", (256, 512, 1024)), ("unroll", (4, 8, 16)), _WARPS)),
+    "down_projection": Space(
+        (("block_m", (16, 32, 64, 128)), ("block_k", (32, 64, 128, 256)), _WARPS, _STAGES, _PROGRAMS),
+        ("programs",),
+        (("block_m", "block_k"), ("block_k", "block_r")),
+    ),
+    "extended_gemm": _gemm(optional=False),
+    "extended_gemm_tma": _gemm(),
+    "extended_gemm_persistent": _gemm(("parts", (1, 2, 4))),
+    "grad_s_b": Space(
+        (("block_m", (64, 128, 256)), ("block_n", (32, 64, 128)), _WARPS, _STAGES, _PROGRAMS),
+        ("programs",),
+        (("block_m", "block_n"),),
+        optional=True,
+    ),
+    "sum_over_rows": Space(
+        (("block_m", (32, 64, 128)), ("block_k", (32, 64, 128, 256)), _WARPS, _STAGES, _PROGRAMS),
+        ("programs",),
+        (("block_m", "block_k"), ("block_m", "block_r")),
+    ),
+}
+
+
+def candidates(kernel: str, dtype: str, in_force: Answer, extent: str, machine: Machine) -> tuple[Answer, ...]:
+    """The configurations to try, the one in force first, without repetition and in the same order every time.
+
+    Args:
+        kernel: a key of `configs.CONFIGS`.
+        dtype: name of the dtype of the kernel's big operands.
+        in_force: what the files answer.
+        extent: "small" or "full".
+        machine: drops what cannot fit.
+    """
+    space = SPACES.get(kernel)
+    rules = list(_of_rules(kernel, dtype))
+    found: list[Answer] = [in_force]
+    if space is not None:
+        base = in_force if in_force is not None else next(reversed(rules), None)
+        around = _around(base, space, extent, machine) if base is not None else ()
+        found += [config for config in (*around, *rules) if _fits(config, space, dtype, machine)]
+        found += [None] * space.optional
+    else:
+        found += rules
+    return tuple(dict.fromkeys(found))
+
+
+def _of_rules(kernel: str, dtype: str) -> Iterator[Config]:
+    for arch in known_architectures():
+        yield from (rule.config for rule in load(arch).rules[kernel] if rule.dtype in (None, dtype))
+
+
+def _around(base: Config, space: Space, extent: str, machine: Machine) -> Iterator[Config]:
+    values = {name: _scaled(name, values, space, machine) for name, values in space.fields}
+    if extent == SMALL:
+        for name, of_field in values.items():
+            for value in _steps(getattr(base, name), of_field):
+                yield replace(base, **{name: value})
+        return
+    for first, second in itertools.combinations(values, 2):
+        for one, other in itertools.product(values[first], values[second]):
+            yield replace(base, **{first: one, second: other})
+
+
+def _scaled(name: str, values: tuple[int, ...], space: Space, machine: Machine) -> tuple[int, ...]:
+    factor = machine.multiprocessors if name in space.per_multiprocessor else 1
+    return tuple(value * factor for value in values)
+
+
+def _steps(value: int, values: tuple[int, ...]) -> Iterator[int]:
+    """The next smaller and the next larger of `values`."""
+    yield from [max(smaller)] if (smaller := [other for other in values if other < value]) else []
+    yield from [min(larger)] if (larger := [other for other in values if other > value]) else []
+
+
+def _fits(config: Config, space: Space, dtype: str, machine: Machine) -> bool:
+    size = 4 if dtype == "float32" else 2
+    tiles = sum(getattr(config, a) * getattr(config, b) for a, b in space.staged)
+    if tiles * size * getattr(config, "num_stages", 1) > machine.shared_bytes:
+        return False
+    if space.accumulated is None:
+        return True
+    rows, columns = (getattr(config, name) for name in space.accumulated)
+    return rows * columns <= MOST_ACCUMULATORS * THREADS_PER_WARP * config.num_warps
