@@ -6,7 +6,11 @@ from peft_kernels import functional
 from peft_kernels.dispatch import explain, use_backend
 from peft_kernels.integrations import accelerate, restore
 from peft_kernels.nn import (
+    FusedLoRAEmbedding,
+    FusedLoRAExperts,
+    FusedLoRAGroup,
     FusedLoRALinear,
+    FusedLoRASwiGLU,
     add_lora,
     load_adapter,
     merge_adapter,
@@ -19,7 +23,11 @@ from peft_kernels.parity import check
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedLoRAEmbedding",
+    "FusedLoRAExperts",
+    "FusedLoRAGroup",
     "FusedLoRALinear",
+    "FusedLoRASwiGLU",
     "accelerate",
     "add_lora",
     "check",

@@ -2,10 +2,17 @@
 
 from peft_kernels.nn.adapter import add_lora, merge_adapter, trainable_parameters, unmerge_adapter
 from peft_kernels.nn.adapter_files import load_adapter, save_adapter
+from peft_kernels.nn.embedding import FusedLoRAEmbedding
+from peft_kernels.nn.experts import FusedLoRAExperts
+from peft_kernels.nn.group import FusedLoRAGroup, FusedLoRASwiGLU
 from peft_kernels.nn.lora import FusedLoRALinear
 
 __all__ = [
+    "FusedLoRAEmbedding",
+    "FusedLoRAExperts",
+    "FusedLoRAGroup",
     "FusedLoRALinear",
+    "FusedLoRASwiGLU",
     "add_lora",
     "load_adapter",
     "merge_adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,6 +87,25 @@ class Mergeable(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if merged:
             self.merge()
+
+
+def merge_all(modules: Mapping[str, Mergeable], where: str) -> None:
+    """Merges all of them, or none: those that are not merged yet.
+
+    Raises:
+        ValueError: a merged weight would not be finite; the message begins with `where` and the module's name.
+    """
+    merged: list[Mergeable] = []
+    for name, module in modules.items():
+        if module.merged:
+            continue
+        try:
+            module.merge()
+        except ValueError as error:
+            for other in merged:
+                other.unmerge()
+            raise ValueError(f"{where}: {name}: {error}") from error
+        merged.append(module)
 
 
 def rounded(value: Tensor, dtype: torch.dtype, module: str, what: str = "weight") -> Tensor:

@@ -11,13 +11,13 @@ from torch import nn
 from peft_kernels.checks import FLOATS
 from peft_kernels.formats.peft_config import LoraSettings
 from peft_kernels.formats.strict_json import short
+from peft_kernels.nn._layers import is_hooked
 from peft_kernels.nn.lora import FusedLoRALinear, is_linear
 
 # Names that torch.compile, FSDP and activation checkpointing insert into those of the modules that they wrap.
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 # Wrappers that take stock of the parameters when they are built.
 _PARAMETER_OWNERS = frozenset(("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Site(NamedTuple):
@@ -152,7 +152,7 @@ def _objection(module: nn.Module, compiled: bool) -> str | None:
         return "is a FusedLoRALinear already"
     if not is_linear(module):
         return f"is {type(module).__module__}.{type(module).__qualname__}; expected exactly nn.Linear or Conv1D"
-    if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module):
+    if is_hooked(module):
         return "has hooks or a forward of its own, which would be lost; remove them first"
     if compiled:
         return "is compiled by itself, and its compiled code would stay; compile after adding"

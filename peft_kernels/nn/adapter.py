@@ -11,6 +11,8 @@ from torch import nn
 
 from peft_kernels._table import table
 from peft_kernels.formats.peft_config import LoraSettings, checked_settings
+from peft_kernels.nn._layers import flags_kept
+from peft_kernels.nn._merge import merge_all
 from peft_kernels.nn._sites import Site, check_open, find_targets, fused_sites, put_layers, skipped_linears, unwrap
 from peft_kernels.nn.lora import FusedLoRALinear
 
@@ -141,17 +143,7 @@ def merge_adapter(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no `FusedLoRALinear`, or a merged weight would not be finite; no layer is changed.
     """
-    merged: list[FusedLoRALinear] = []
-    for site in _some_fused(model, "merge_adapter"):
-        if site.module.merged:
-            continue
-        try:
-            site.module.merge()
-        except ValueError as error:
-            for layer in merged:
-                layer.unmerge()
-            raise ValueError(f"merge_adapter: {site.name}: {error}") from error
-        merged.append(site.module)
+    merge_all({site.name: site.module for site in _some_fused(model, "merge_adapter")}, "merge_adapter")
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -168,8 +160,7 @@ def build_layers(
     sites: Sequence[Site], settings: LoraSettings, dtypes: Sequence[torch.dtype | None]
 ) -> dict[nn.Module, FusedLoRALinear]:
     """The layer for each site, not yet in the model. Should one fail, the others' weights are not left frozen."""
-    flags = [(p, p.requires_grad) for site in sites for p in site.module.parameters()]
-    try:
+    with flags_kept(site.module for site in sites):
         return {
             site.module: FusedLoRALinear.from_linear(
                 site.module,
@@ -181,10 +172,6 @@ def build_layers(
             )
             for site, dtype in zip(sites, dtypes, strict=True)
         }
-    except BaseException:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
 
 
 def install(model: nn.Module, layers: Mapping[nn.Module, FusedLoRALinear]) -> None:

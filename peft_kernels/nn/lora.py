@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels import functional
-from peft_kernels.checks import FLOATS, check_finite, check_floating, check_probability, check_rank
+from peft_kernels.checks import check_floating, check_probability, check_rank
 from peft_kernels.functional import lora_linear
 from peft_kernels.nn._dora import WeightNorms, row_norm
+from peft_kernels.nn._layers import check_flags, resolve_adapter_dtype, scaling_of
 from peft_kernels.nn._merge import Mergeable, rounded
 
 _NAME = "FusedLoRALinear"
@@ -302,30 +303,6 @@ class FusedLoRALinear(Mergeable):
             + "".join(f", {name}=True" for name, on in flags.items() if on)
             + (", merged" if self.merged else "")
         )
-
-
-def check_flags(module: str, has_bias: bool, **flags: Any) -> None:
-    """Refuses what is no boolean, and combinations that mean nothing."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{module}: {name} is {value!r}; expected True or False")
-    if flags.get("use_dora") and flags.get("lora_bias"):
-        raise ValueError(f"{module}: lora_bias is set together with use_dora, which leaves no place for it in the norm")
-    if flags.get("train_bias") and not has_bias:
-        raise ValueError(f"{module}: train_bias is set, but the layer has no bias")
-
-
-def resolve_adapter_dtype(module: str, weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
-    if adapter_dtype is None:
-        return torch.promote_types(weight.dtype, torch.float32)
-    if adapter_dtype not in FLOATS:
-        raise TypeError(f"{module}: adapter_dtype is {adapter_dtype}; expected a floating-point dtype")
-    return adapter_dtype
-
-
-def scaling_of(module: str, lora_alpha: float, r: int, use_rslora: bool) -> float:
-    check_finite(module, "lora_alpha", lora_alpha)
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def is_linear(module: nn.Module) -> bool:
