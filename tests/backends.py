@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from peft_kernels import dispatch
-from peft_kernels.ops import lora_linear
-from tests.helpers import LoraProblem
+from tests.problems import PLAIN, Problem
 
 # The Triton kernels run on CPU tensors too, in Triton's interpreter: slowly, so tests/triton has a set of its own.
 _INTERPRETED = "triton"
@@ -18,9 +17,11 @@ _INTERPRETED = "triton"
 
 def _probe(op: str, device: str) -> Any:
     """The op's Problem for arguments that every implementation takes, unless the device itself is the obstacle."""
+    if op in PLAIN:
+        return PLAIN[op](device).dispatched()
     x, square = torch.zeros(32, 64, device=device), torch.zeros(64, 64, device=device)
     arguments = {
-        "lora_linear": (x, square, torch.zeros(16, 64, device=device), torch.zeros(64, 16, device=device)),
+        "dora_weight_norm": (square, torch.zeros(16, 64, device=device), torch.zeros(64, 16, device=device)),
         "philox_dropout": (x, 0.5),
         "splitk_reduce": (x,),
     }
@@ -43,11 +44,8 @@ class Placement(NamedTuple):
         if reason is not None:
             pytest.skip(f"{self.op} by {self.name} on {self.device}: {reason}")
 
-    def skip_unless_lora_linear(self, problem: LoraProblem) -> None:
-        t = problem.tensors
-        self.skip_unless_runnable(
-            lora_linear.problem(t["x"], t["weight"], t["lora_A"], t["lora_B"], dropout_p=problem.dropout_p)
-        )
+    def skip_unless_lora_linear(self, problem: Problem) -> None:
+        self.skip_unless_runnable(problem.dispatched())
 
 
 def on_cpu(op: str) -> list[str]:

@@ -1,0 +1,33 @@
+"""Problems of each op: seeded tensors, the library's call, and PyTorch's own composition of the same formula."""
+
+from tests.problems.base import Problem
+from tests.problems.dora import DoraProblem
+from tests.problems.embedding import EmbeddingProblem
+from tests.problems.experts import ExpertProblem
+from tests.problems.gated import GatedProblem
+from tests.problems.group import GroupProblem
+from tests.problems.lora import LoraProblem
+from tests.problems.mlp import MlpProblem
+
+# What every implementation takes, unless the device itself is the obstacle.
+PLAIN = {
+    "lora_linear": lambda device: LoraProblem(32, 64, 64, 16, bias=False, device=device),
+    "lora_linear_group": lambda device: GroupProblem(32, 64, (64, 32), ((16,), (16,)), device=device),
+    "dora_linear": lambda device: DoraProblem(32, 64, 64, 16, device=device),
+    "gated_activation": lambda device: GatedProblem((32, 64), device=device),
+    "lora_swiglu_mlp": lambda device: MlpProblem(32, 64, 64, ((16,), (16,), (16,)), device=device),
+    "lora_embedding": lambda device: EmbeddingProblem(32, 64, 64, 16, device=device),
+    "lora_expert_linear": lambda device: ExpertProblem((16, 16), 64, 64, 16, device=device),
+}
+
+__all__ = [
+    "PLAIN",
+    "DoraProblem",
+    "EmbeddingProblem",
+    "ExpertProblem",
+    "GatedProblem",
+    "GroupProblem",
+    "LoraProblem",
+    "MlpProblem",
+    "Problem",
+]
