@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["accelerate", "restore"]
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
-    """Runs the LoRA layers of a Hugging Face PEFT model through `functional.lora_linear`, in place.
+def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Report:
+    """Runs the LoRA layers of a Hugging Face PEFT model through `peft_kernels.functional`, in place.
 
     No parameter, buffer or module is renamed, replaced or copied: only the class of each supported layer changes, to a
     subclass of PEFT's that overrides `forward`. state_dict, optimizers, saving, loading, merging, adding and switching
@@ -29,6 +29,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
             targets new modules; layers that are accelerated already stay so.
         strict: raise instead of running PEFT's code: now, for any layer that would, and at every later call. Calls that
             have nothing to fuse (adapters disabled or merged) do not raise later.
+        groups: compute layers together that the model calls on one x, such as q/k/v and gate/up: x is read and kept
+            once for all (`functional.lora_linear_group`). The source of their parent's `forward` says which ones.
 
     Returns:
         A `Report` that prints as a table of the layers.
@@ -38,7 +40,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         TypeError: model is not a `torch.nn.Module`.
         RuntimeError: no layer can be fused, or with `strict` not every one. The model is unchanged.
     """
-    return _peft().accelerate(model, strict=strict)
+    return _peft().accelerate(model, strict=strict, groups=groups)
 
 
 def restore(model: nn.Module) -> int:

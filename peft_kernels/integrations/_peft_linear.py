@@ -11,7 +11,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
 from peft_kernels import functional
-from peft_kernels.integrations._peft_operands import NOTHING_TO_FUSE, operands
+from peft_kernels.integrations._peft_groups import Place
+from peft_kernels.integrations._peft_operands import NOTHING_TO_FUSE, Several, operands
 from peft_kernels.integrations.report import Calls
 
 logger = logging.getLogger("peft_kernels")
@@ -31,10 +32,15 @@ class FusedPeftLinear(Linear):
     """
 
     _peft_kernels = Site("a layer", Calls())
+    _peft_kernels_place: Place | None = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As PEFT's: x [..., in_features] to [..., out_features]. What has no meaning here goes to PEFT's own code."""
         found = _with_arguments(self, x, args, kwargs) if args or kwargs else operands(self, x)
+        if self._peft_kernels_place is not None and type(found) in (tuple, Several) and type(self) is FusedPeftLinear:
+            y = self._peft_kernels_place.output(self, x, found)
+            if y is not None:
+                return y
         if type(found) is tuple:
             weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p = found
             return functional.lora_linear(
@@ -44,6 +50,11 @@ class FusedPeftLinear(Linear):
             record(self, found)
             return Linear.forward(self, x, *args, **kwargs)
         return found.output(x)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self._peft_kernels_place is not None:  # a deep copy, or read from a file
+            self._peft_kernels_place.group.join(self._peft_kernels_place.position, self)
 
     def _get_name(self) -> str:
         return "Linear"  # so that repr says `lora.Linear`, as PEFT's

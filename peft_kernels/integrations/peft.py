@@ -1,6 +1,7 @@
 """`accelerate` and `restore` for Hugging Face PEFT's LoRA layers, by changing their class in place.
 
-`_peft_operands.py` says what a layer computes, `_peft_linear.py` is the layer.
+`_peft_operands.py` says what a layer computes, `_peft_linear.py` is the layer, `_peft_groups.py` computes layers that
+share their input together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import types
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_kernels import parity
+from peft_kernels.integrations._peft_groups import form
 from peft_kernels.integrations._peft_linear import FusedPeftLinear, Site
 from peft_kernels.integrations._peft_operands import BASES, full_name, operands, type_objection
 from peft_kernels.integrations.report import Calls, Report, Row
@@ -25,7 +28,7 @@ from peft_kernels.integrations.report import Calls, Report, Row
 logger = logging.getLogger("peft_kernels")
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Report:
     """See `peft_kernels.accelerate`."""
     layers = _tuner_layers(model, "accelerate")
     sharded = any(map(_is_fsdp, model.modules()))
@@ -48,7 +51,9 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
             if type(layer) is Linear:
                 layer.__class__ = FusedPeftLinear
             layer._peft_kernels = Site(name, calls)
-    return report
+            layer.__dict__.pop("_peft_kernels_place", None)
+    blocks = form(model, FusedPeftLinear, calls) if groups else ()
+    return replace(report, blocks=tuple(blocks))
 
 
 def restore(model: nn.Module) -> int:
@@ -63,7 +68,8 @@ def restore(model: nn.Module) -> int:
             )
     for layer in layers.values():
         layer.__class__ = Linear
-        layer.__dict__.pop("_peft_kernels", None)
+        for name in ("_peft_kernels", "_peft_kernels_place"):
+            layer.__dict__.pop(name, None)
         # accelerate's hooks keep the method that they replaced.
         old = layer.__dict__.get("_old_forward")
         if getattr(old, "__func__", None) is FusedPeftLinear.forward:

@@ -20,12 +20,28 @@ class Row(NamedTuple):
     reason: str = ""
 
 
+class Block(NamedTuple):
+    """Layers of one module that are computed together: the module, the layers' names in it, and by which function of
+    `peft_kernels.functional`."""
+
+    module: str
+    layers: tuple[str, ...]
+    function: str
+
+
 @dataclass
 class Calls:
-    """Calls that ran PEFT's own code after `accelerate`: reason -> layer -> count. The layers of a model share one."""
+    """What happened after `accelerate`; the layers of a model share one.
+
+    Attributes:
+        strict: whether calls of PEFT's own code raise.
+        fallbacks: those calls: reason -> layer -> count.
+        ended: blocks whose layers run one by one since: module -> reason.
+    """
 
     strict: bool = False
     fallbacks: dict[str, Counter[str]] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,10 +51,12 @@ class Report:
     Attributes:
         rows: one `Row` per layer.
         calls: the later calls that ran PEFT's own code; it counts on.
+        blocks: layers that are computed together, where their state allows it at a call.
     """
 
     rows: tuple[Row, ...]
     calls: Calls = field(default_factory=Calls)
+    blocks: tuple[Block, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -72,7 +90,10 @@ class Report:
             table(rows, ("layer", "count", "fused", "why not")),
             f"{self.fused} of {len(self.rows)} layers fused",
         ]
+        if self.blocks:
+            lines.append(table(_block_rows(self.blocks), ("computed together", "count", "layers", "by")))
         lines += [f"{count} calls ran PEFT's own code: {reason}" for reason, count in self.fallbacks.items()]
+        lines += [f"{module} runs its layers one by one: {reason}" for module, reason in self.calls.ended.items()]
         return "\n".join(lines)
 
 
@@ -82,6 +103,13 @@ def _collapse(rows: tuple[Row, ...]) -> list[tuple[Row, int]]:
     for layer, fused, reason in rows:
         groups.setdefault((_NUMBER.sub("*", layer), fused, reason), []).append(layer)
     return [(Row(_pattern(names), fused, reason), len(names)) for (_, fused, reason), names in groups.items()]
+
+
+def _block_rows(blocks: tuple[Block, ...]) -> list[tuple]:
+    modules: dict[tuple, list[str]] = {}
+    for module, layers, function in blocks:
+        modules.setdefault((_NUMBER.sub("*", module), ", ".join(layers), function), []).append(module)
+    return [(_pattern(names), len(names), layers, function) for (_, layers, function), names in modules.items()]
 
 
 def _pattern(names: list[str]) -> str:

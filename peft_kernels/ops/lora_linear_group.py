@@ -5,6 +5,7 @@ y_j = x W_jᵀ + b_j + Σ_i s_i (drop_i(x) A_iᵀ) B_iᵀ over the adapters i wi
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -207,7 +208,7 @@ def _gradients(ctx, grad_ys, saved):
     count, adapters = ctx.count, len(ctx.outputs)
     x, s, seeds, token_mask, *parameters = saved
     weights, lora_As, lora_Bs = parameters[:count], parameters[count : count + adapters], parameters[count + adapters :]
-    flat_needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[7:])
+    flat_needs = _needs_of_used(ctx, grad_ys)
     arguments = (
         list(grad_ys), x, s, weights, lora_As, lora_Bs, ctx.scalings, ctx.outputs, ctx.dropout_ps, seeds, token_mask,
     )  # fmt: skip
@@ -218,6 +219,14 @@ def _gradients(ctx, grad_ys, saved):
         wanted = iter(torch.ops.peft_kernels.lora_linear_group_backward(*arguments, flat_needs))
         grads = [next(wanted) if need else None for need in flat_needs]
     return (grads[0], None, None, None, None, None, None, *grads[1:])
+
+
+def _needs_of_used(ctx, grad_ys) -> tuple[bool, ...]:
+    """What is wanted, less the parameters of projections whose y nobody used: those get no gradient, not zeros."""
+    used = [grad is not None for grad in grad_ys]
+    per_adapter = [used[output] for output in ctx.outputs]
+    wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[7:])
+    return tuple(map(operator.and_, wanted, (True, *used, *used, *per_adapter, *per_adapter)))
 
 
 def _under_autocast(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask):

@@ -1,0 +1,223 @@
+"""Projections of one x, such as q/k/v and gate/up, computed together although the model calls them one by one.
+
+No forward of the model is replaced. The member of a group that is called first computes all of them by
+`lora_linear_group` and leaves the others their results, which they return in calls of their own, so that their hooks
+run. A left result is taken only by a call with the same tensor, unchanged, while nothing that it was computed from has
+changed. Whether the members of a group are called so follows from the source of their parent (`_peft_source.py`); a
+group of which that turns out not to be true ends.
+
+Activation checkpointing runs a block a second time, inside backward, and relies on it doing the same as before. So a
+group never changes what it does inside backward.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_kernels import functional
+from peft_kernels.integrations._peft_operands import Several, operands
+from peft_kernels.integrations._peft_source import shared_inputs
+from peft_kernels.integrations.report import Block, Calls
+
+logger = logging.getLogger("peft_kernels")
+
+
+class Group:
+    """Layers of one parent. Refers to them weakly, and copies of them refer to a copy of it: each layer joins by
+    itself (`Place`)."""
+
+    def __init__(self, name: str, labels: tuple[str, ...], calls: Calls) -> None:
+        self.name, self.labels, self.calls = name, labels, calls
+        self.members: list[weakref.ref | None] = [None] * len(labels)
+        self.objection: str | None = None
+        self.ended = False
+
+    def __reduce__(self) -> tuple:
+        return Group, (self.name, self.labels, self.calls)
+
+    def join(self, position: int, layer: nn.Module) -> None:
+        """Makes the layer a member, unless its place is taken: by the original of a shallow copy."""
+        member = self.members[position]
+        if member is None or member() is None:
+            self.members[position] = weakref.ref(layer)
+
+    def end(self, reason: str) -> None:
+        """From its next round on, the layers of this group run one by one."""
+        if self.objection is None:
+            logger.warning("%s runs %s one by one from now on: %s", self.name, ", ".join(self.labels), reason)
+            self.objection = self.calls.ended[self.name] = reason
+
+
+class Place(NamedTuple):
+    """Where a layer stands in its group: they are called in this order."""
+
+    group: Group
+    position: int
+
+    def output(self, layer: nn.Module, x: Tensor, found: Any) -> Tensor | None:
+        """y of the layer, from the group; None when the layer has to compute it by itself."""
+        group, position = self
+        if torch.compiler.is_compiling():
+            return None  # the hand-over is made for eager mode
+        round = _thread.round
+        if round is not None and round.group is group and position in round.left:
+            return round.take(position, x, found)
+        return _start(group, position, layer, x, found)
+
+
+class Round:
+    """What the first member of a group has left for the others."""
+
+    __slots__ = ("context", "first", "group", "in_backward", "left", "x")
+
+    def __init__(self, group: Group, first: int, x: Tensor, left: dict[int, tuple[tuple, Tensor]]) -> None:
+        self.group, self.first, self.left, self.context = group, first, left, _context(x)
+        self.in_backward = _in_backward()
+        # When x dies, which backward lets happen, nobody can ask for the results any more.
+        self.x = weakref.ref(x, lambda _: left.clear())
+
+    def take(self, position: int, x: Tensor, found: Any) -> Tensor | None:
+        state, y = self.left.pop(position)
+        if not self.left:
+            _thread.round = None
+        if self.x() is x and _context(x) == self.context and _same(_state(found), state):
+            return y
+        if not self.in_backward:
+            labels = self.group.labels
+            what = "in another state" if self.x() is x else "with another tensor"
+            self.group.end(f"{labels[position]} is called {what} than {labels[self.first]}")
+        return None
+
+    def end(self) -> None:
+        if self.left and not self.in_backward:
+            labels = self.group.labels
+            missing = ", ".join(labels[position] for position in sorted(self.left))
+            self.group.end(f"{labels[self.first]} is called, but not {missing}")
+        self.left.clear()
+
+
+class _Thread(threading.local):
+    """One round at a time in each thread: a model that was interrupted leaves at most one, until its next call."""
+
+    round: Round | None = None
+
+
+_thread = _Thread()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _start(group: Group, first: int, layer: nn.Module, x: Tensor, found: Any) -> Tensor | None:
+    """Computes all members that can be computed now, and returns y of the one that is called. That has to be the first
+    of them: which member computes the others must not depend on which one a checkpoint calls again by itself."""
+    round = _thread.round
+    if round is not None and (round.group is not group or round.first == first):
+        _thread.round = None
+        round.end()
+    if group.ended:
+        return None
+    if group.objection is not None and not _in_backward():
+        group.ended = True
+        return None
+    members = [None if reference is None else reference() for reference in group.members]
+    if members[first] is not layer or x.is_inference():
+        return None  # a replica, as of DataParallel; a tensor whose changes nothing counts
+    parts = {}
+    for position, member in enumerate(members):
+        if type(member) is type(layer):
+            part = found if position == first else operands(member, x)
+            if _groupable(part, found, x):
+                parts[position] = part
+                if position < first:
+                    return None
+    if first not in parts or len(parts) < 2:
+        return None
+    ys = _compute(x, list(parts.values()))
+    left = {position: (_state(parts[position]), y) for position, y in zip(parts, ys, strict=True) if position != first}
+    _thread.round = Round(group, first, x, left)
+    return ys[0]
+
+
+def _groupable(part: Any, first: Any, x: Tensor) -> bool:
+    if type(part) is tuple:
+        weight, _, lora_A, _, lora_bias, _, _ = part
+        if lora_bias is not None:
+            return False
+    elif type(part) is Several:
+        weight, lora_A = part.weight, part.lora_As[0]
+    else:
+        return False
+    dtype = first[2].dtype if type(first) is tuple else first.lora_As[0].dtype
+    return lora_A.dtype == dtype and weight.device == x.device and not weight.is_inference()
+
+
+def _compute(x: Tensor, parts: list) -> tuple[Tensor, ...]:
+    weights, biases, lora_As, lora_Bs, scalings, dropout_ps = [], [], [], [], [], []
+    for part in parts:
+        weight, bias, lora_A, lora_B, *_, scaling, dropout_p = part
+        weights.append(weight)
+        biases.append(bias)
+        lora_As.append(lora_A)
+        lora_Bs.append(lora_B)
+        scalings.append(scaling)
+        dropout_ps.append(dropout_p)
+    return functional.lora_linear_group(
+        x, weights, lora_As, lora_Bs, scalings=scalings, biases=biases, dropout_p=dropout_ps
+    )
+
+
+def _context(x: Tensor) -> tuple:
+    """What a result depends on besides the operands, and the innermost activation checkpoint, which must compute again
+    all that was computed inside it and nothing else."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return x._version, torch.is_grad_enabled(), dtype, torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _state(part: Any) -> tuple:
+    """The operands themselves and all that may change about a tensor while it stays the same object."""
+    values: list[Any] = []
+    for value in part:
+        values.extend(value if type(value) is tuple else (value,))
+    changes = [(v._version, v.requires_grad) for v in values if isinstance(v, Tensor)]
+    return values, changes
+
+
+def _same(one: tuple, other: tuple) -> bool:
+    (values, changes), (other_values, other_changes) = one, other
+    return (
+        changes == other_changes
+        and len(values) == len(other_values)
+        and all(a is b for a, b in zip(values, other_values, strict=True))
+    )
+
+
+def form(model: nn.Module, fused: type[Any], calls: Calls) -> list[Block]:
+    """Makes groups of the layers of type `fused`, and says which of them hold together as the layers are now."""
+    blocks = []
+    for name, parent in model.named_modules():
+        if "forward" in parent.__dict__:
+            continue
+        for labels in shared_inputs(type(parent).forward):
+            children: dict[str, Any] = {label: parent._modules.get(label) for label in labels}
+            members = {
+                label: child
+                for label, child in children.items()
+                if type(child) is fused and type(child.base_layer) is nn.Linear
+            }
+            if len(members) < 2 or len({child.in_features for child in members.values()}) > 1:
+                continue
+            group = Group(name, tuple(members), calls)
+            for position, child in enumerate(members.values()):
+                child._peft_kernels_place = Place(group, position)
+                group.join(position, child)
+            blocks.append(Block(name, group.labels, "lora_linear_group"))
+    return blocks
