@@ -27,7 +27,7 @@ from peft_kernels.checks import (
 )
 from peft_kernels.functional.philox_dropout import seed_tensor
 
-_PLAIN = frozenset((Tensor, Parameter))
+PLAIN = frozenset((Tensor, Parameter))
 
 
 def lora_linear(
@@ -88,7 +88,7 @@ def lora_linear(
     if lora_bias is not None:
         bias = _joint_bias(weight, bias, lora_B, lora_bias, scaling)
     drop = training and dropout_p > 0
-    if type(weight) not in _PLAIN and is_dtensor(x, weight, lora_A, lora_B):
+    if type(weight) not in PLAIN and is_dtensor(x, weight, lora_A, lora_B):
         if drop and seed is not None:
             raise ValueError("lora_linear: seed is given, but the tensors are DTensors, whose masks torch draws")
         return lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p if drop else 0.0)

@@ -22,7 +22,7 @@ from peft_kernels.checks import (
     check_tensor,
     shape_text,
 )
-from peft_kernels.functional.lora_linear import is_dtensor, lora_linear_on_dtensors
+from peft_kernels.functional.lora_linear import PLAIN, is_dtensor, lora_linear_on_dtensors
 from peft_kernels.ops.philox_dropout import new_seeds
 
 _OP = "lora_linear_group"
@@ -77,17 +77,46 @@ def lora_linear_group(
     if not weights:
         raise ValueError(f"{_OP}: weights is empty; expected at least one")
     group = flatten_group(_OP, weights, lora_As, lora_Bs, scalings, biases, dropout_p)
-    check_input(_OP, x)
-    check_group(_OP, x, x.shape[-1], group)
     if token_mask is not None:
+        check_input(_OP, x)
         _check_token_mask(x, token_mask)
-    if is_dtensor(x, *weights, *group.lora_As, *group.lora_Bs):
+    signature = _signature(x, group)
+    if signature is None or signature not in _verified:
+        check_input(_OP, x)
+        check_group(_OP, x, x.shape[-1], group)
+        _remember(signature)
+    if signature is None and is_dtensor(x, *weights, *group.lora_As, *group.lora_Bs):
         return _on_dtensors(x, group, training, seed, token_mask)
     dropout_ps, seeds = seeds_tensor(_OP, group, training, seed, x.device)
     return ops.lora_linear_group.lora_linear_group(
         x, group.weights, group.biases, group.lora_As, group.lora_Bs, group.scalings, group.outputs, dropout_ps, seeds,
         token_mask,
     )  # fmt: skip
+
+
+# Signatures of calls whose arguments were found valid: checking three projections anew takes as long as tiny matmuls.
+_verified: set[tuple] = set()
+
+
+def _signature(x: Tensor, group: Group) -> tuple | None:
+    """Everything that `check_group` looks at, or None where a check by itself is due (subclasses, tracing)."""
+    tensors = (x, *group.weights, *group.lora_As, *group.lora_Bs)
+    biases = group.biases
+    if torch.compiler.is_compiling() or not all(type(t) in PLAIN for t in tensors):
+        return None
+    if not all(bias is None or type(bias) in PLAIN for bias in biases):
+        return None
+    properties: list[tuple | None] = [(t.shape, t.dtype, t.device) for t in tensors[1:]]
+    properties += [None if bias is None else (bias.shape, bias.dtype, bias.device) for bias in biases]
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return (x.shape[-1:], x.dtype, x.device, autocast, *group.outputs, *properties)
+
+
+def _remember(signature: tuple | None) -> None:
+    if signature is not None:
+        if len(_verified) >= 4096:
+            _verified.clear()
+        _verified.add(signature)
 
 
 class Group(NamedTuple):
@@ -120,8 +149,8 @@ def flatten_group(op, weights, lora_As, lora_Bs, scalings, biases, dropout_p) ->
     flat_biases = [None] * count if biases is None else list(biases)
     if len(flat_biases) != count:
         raise ValueError(f"{op}: biases has {len(flat_biases)} entries for {count} weights")
-    flat_scalings = _per_adapter(op, "scalings", scalings, lora_As)
-    dropout_ps = _per_adapter(op, "dropout_p", dropout_p, lora_As)
+    flat_scalings = _per_adapter(op, "scalings", scalings, lora_As, len(outputs))
+    dropout_ps = _per_adapter(op, "dropout_p", dropout_p, lora_As, len(outputs))
     return Group(list(weights), flat_biases, flat_As, flat_Bs, flat_scalings, outputs, dropout_ps)
 
 
@@ -130,9 +159,12 @@ def flat_adapters(nested: Adapters) -> tuple[list[int], list[Tensor]]:
     outputs: list[int] = []
     tensors: list[Tensor] = []
     for j, entry in enumerate(nested):
-        members = () if entry is None else (entry,) if isinstance(entry, Tensor) else entry
-        outputs += [j] * len(members)
-        tensors += members
+        if isinstance(entry, Tensor):
+            outputs.append(j)
+            tensors.append(entry)
+        elif entry is not None:
+            outputs += [j] * len(entry)
+            tensors += entry
     return outputs, tensors
 
 
@@ -140,23 +172,23 @@ def _nesting(outputs: list[int], nested: Adapters) -> str:
     return "/".join(str(outputs.count(j)) for j in range(len(nested))) or "no"
 
 
-def _per_adapter(op: str, name: str, values: float | Sequence[Any], lora_As: Adapters) -> list[float]:
+def _per_adapter(op: str, name: str, values: float | Sequence[Any], lora_As: Adapters, adapters: int) -> list[float]:
     """One float for each adapter, from one for all or from the nesting of lora_As."""
-    if isinstance(values, Sequence):
-        if len(values) != len(lora_As):
-            raise ValueError(f"{op}: {name} has {len(values)} entries for {len(lora_As)} weights")
-    else:
-        values = [values] * len(lora_As)
+    check = check_finite if name == "scalings" else check_probability
+    if not isinstance(values, Sequence):
+        check(op, name, values)
+        return [values * 1.0] * adapters
+    if len(values) != len(lora_As):
+        raise ValueError(f"{op}: {name} has {len(values)} entries for {len(lora_As)} weights")
     flat: list[float] = []
     for j, (value, entry) in enumerate(zip(values, lora_As, strict=True)):
-        adapters = 0 if entry is None else 1 if isinstance(entry, Tensor) else len(entry)
+        members = 0 if entry is None else 1 if isinstance(entry, Tensor) else len(entry)
         if isinstance(value, Sequence):
-            if len(value) != adapters:
-                raise ValueError(f"{op}: {name}[{j}] has {len(value)} entries for {adapters} adapters")
+            if len(value) != members:
+                raise ValueError(f"{op}: {name}[{j}] has {len(value)} entries for {members} adapters")
             flat += value
         else:
-            flat += [value] * adapters
-    check = check_finite if name == "scalings" else check_probability
+            flat += [value] * members
     for value in flat:
         check(op, name, value)
     return [value * 1.0 for value in flat]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 def rows(tensor: Tensor) -> Tensor:
     """[..., K] as [M, K], a view where the strides allow one."""
+    if tensor.ndim == 2:
+        return tensor
     return tensor.unsqueeze(0) if tensor.ndim == 1 else tensor.flatten(0, -2)
 
 

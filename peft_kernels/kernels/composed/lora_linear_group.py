@@ -7,6 +7,8 @@ projections to it at once, and reads x once for all dA.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -29,11 +31,15 @@ class _Adapter(NamedTuple):
     columns: slice
 
 
-def _adapters(lora_As, outputs) -> Iterator[_Adapter]:
-    column = 0
-    for i, (a, output) in enumerate(zip(lora_As, outputs, strict=True)):
-        yield _Adapter(i, output, slice(column, column + a.shape[0]))
-        column += a.shape[0]
+def _adapters(lora_As, outputs) -> tuple[_Adapter, ...]:
+    return _layout(tuple([a.shape[0] for a in lora_As]), tuple(outputs))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(ranks: tuple[int, ...], outputs: tuple[int, ...]) -> tuple[_Adapter, ...]:
+    ends = itertools.accumulate(ranks)
+    columns = [slice(end - r, end) for r, end in zip(ranks, ends, strict=True)]
+    return tuple(_Adapter(i, output, part) for i, (output, part) in enumerate(zip(outputs, columns, strict=True)))
 
 
 def _stacked(matrices, dtype: torch.dtype) -> Tensor:
@@ -46,7 +52,7 @@ def forward(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps,
     if token_mask is not None:
         s.masked_fill_(~token_mask.unsqueeze(1), 0.0)
     ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    for columns, b, scaling, output in _updates(list(_adapters(lora_As, outputs)), lora_Bs, scalings, x.dtype):
+    for columns, b, scaling, output in _updates(_adapters(lora_As, outputs), lora_Bs, scalings, x.dtype):
         ys[output].addmm_(s[:, columns], b.t(), alpha=scaling)
     return ys, s
 
@@ -58,7 +64,7 @@ def _down_projections(x, lora_As, dropout_ps, seeds) -> Tensor:
     if seeds is None:
         return F.linear(x, a)
     s = x.new_empty(x.shape[0], a.shape[0])
-    for i, _, columns in _adapters(lora_As, range(len(lora_As))):
+    for i, _, columns in _adapters(lora_As, [0] * len(lora_As)):
         seed = seeds[i : i + 1] if dropout_ps[i] else None
         down(x, a[columns], dropout_ps[i], seed, s[:, columns])
     return s
@@ -75,8 +81,10 @@ def _updates(adapters, lora_Bs, scalings, dtype) -> Iterator[tuple[slice, Tensor
         members = range(start, end)
         columns = slice(adapters[start].columns.start, adapters[end - 1].columns.stop)
         factor = scalings[start]
-        if all(scalings[i] == factor for i in members):
-            b = lora_Bs[start] if end == start + 1 else torch.cat([lora_Bs[i] for i in members], 1)
+        if end == start + 1:
+            b = lora_Bs[start]
+        elif all(scalings[i] == factor for i in members):
+            b = torch.cat([lora_Bs[i] for i in members], 1)
         else:
             b, factor = torch.cat([scalings[i] * lora_Bs[i] for i in members], 1), 1.0
         yield columns, cast(b, dtype), factor, output
@@ -86,7 +94,7 @@ def _updates(adapters, lora_Bs, scalings, dtype) -> Iterator[tuple[slice, Tensor
 def backward(
     grad_ys, x, s, weights, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask, needs
 ):  # fmt: skip
-    adapters = list(_adapters(lora_As, outputs))
+    adapters = _adapters(lora_As, outputs)
     given = next(grad for grad in grad_ys if grad is not None)
     grad_s = None
     if adapters and (needs.x or any(needs.lora_As)):
