@@ -15,7 +15,7 @@ from tests.problems import PLAIN, Problem
 _INTERPRETED = "triton"
 
 
-def _probe(op: str, device: str) -> Any:
+def probe(op: str, device: str) -> Any:
     """The op's Problem for arguments that every implementation takes, unless the device itself is the obstacle."""
     if op in PLAIN:
         return PLAIN[op](device).dispatched()
@@ -36,11 +36,11 @@ class Placement(NamedTuple):
     device: str
 
     def objection(self) -> str | None:
-        return dispatch.objection(self.op, self.name, _probe(self.op, self.device), forced=True)
+        return dispatch.objection(self.op, self.name, probe(self.op, self.device), forced=True)
 
     def skip_unless_runnable(self, problem: Any = None) -> None:
         """Skips the test when the implementation cannot compute `problem` (None: any at all), saying why."""
-        reason = dispatch.objection(self.op, self.name, problem or _probe(self.op, self.device), forced=True)
+        reason = dispatch.objection(self.op, self.name, problem or probe(self.op, self.device), forced=True)
         if reason is not None:
             pytest.skip(f"{self.op} by {self.name} on {self.device}: {reason}")
 
@@ -52,6 +52,11 @@ def on_cpu(op: str) -> list[str]:
     """Names of the implementations of `op` that take CPU tensors on this machine."""
     names = [name for name in dispatch.ORDER[op] if name != _INTERPRETED]
     return [name for name in names if Placement(op, name, "cpu").objection() is None]
+
+
+def across(*ops: str) -> list[Any]:
+    """Parameters for the fixture `backend` over several ops: `backend.op` says which."""
+    return [pytest.param(*p.values, id=f"{op}-{p.id}", marks=p.marks) for op in ops for p in everywhere(op)]
 
 
 def everywhere(op: str) -> list[Any]:

@@ -25,7 +25,10 @@ SCHEMAS = {
 }
 
 Problem = lora_linear.Problem
-problem = lora_linear.problem
+
+
+def problem(x, weight, lora_A, lora_B, magnitude, **options) -> Problem:
+    return lora_linear.problem(x, weight, lora_A, lora_B, **options)
 
 
 def _select(x, lora_A, lora_B, dropout):

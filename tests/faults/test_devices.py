@@ -326,8 +326,14 @@ def test_f77_batch_sizes_around_every_block():
 
 def test_public_functions_have_no_hidden_defaults():
     """F32's lesson: a default that silently makes things slow or wrong. Every default here is the mathematical one."""
-    signature = inspect.signature(functional.lora_linear)
-    defaults = {name: p.default for name, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
-    assert defaults == {"scaling": 1.0, "bias": None, "dropout_p": 0.0, "training": True, "seed": None}
+    neutral = {
+        "scaling": 1.0, "dropout_p": 0.0, "training": True, "activation": "silu", "scale": 1.0, "bias": None,
+        "biases": None, "lora_bias": None, "seed": None, "token_mask": None, "weight_norm": None,
+        "weight_norm_squared": None, "padding_idx": None, "dtype": None,
+    }  # fmt: skip
+    for op in functional.__all__:
+        for name, parameter in inspect.signature(getattr(functional, op)).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                assert parameter.default == neutral[name], (op, name)
     assert [m.name for m in pkgutil.iter_modules([str(PACKAGE / "kernels")])] == sorted(dispatch.BACKENDS)
     assert F.linear is torch.nn.functional.linear, "nothing of PyTorch is patched"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import torch
 import peft_kernels
 from peft_kernels import dispatch, functional
 from peft_kernels.ops import lora_linear
+from tests.backends import probe
 from tests.helpers import LoraProblem
+from tests.problems import PLAIN
 
-PROBES = {
+ARGUMENTS = {
     "lora_linear": lambda: (torch.ones(4, 8), torch.ones(6, 8), torch.ones(2, 8), torch.ones(6, 2)),
     "philox_dropout": lambda: (torch.ones(4, 8), 0.5),
-    "splitk_reduce": lambda: (torch.ones(4, 8),),
 }
 
 
@@ -43,12 +45,21 @@ def test_every_op_has_an_order_that_ends_in_the_reference():
         assert order[-1] == "reference"
         assert set(order) <= set(dispatch.BACKENDS)
         assert len(set(order)) == len(order)
-        problem = __import__(f"peft_kernels.ops.{op}", fromlist=["problem"]).problem(*PROBES[op]())
-        assert dispatch.objection(op, "reference", problem) is None
+        assert dispatch.objection(op, "reference", probe(op, "cpu")) is None
+
+
+@pytest.mark.parametrize("op", PLAIN)
+def test_explain_takes_the_arguments_of_the_function(op):
+    """All of them, by position and by name."""
+    args, kwargs = PLAIN[op]("cpu").arguments(PLAIN[op]("cpu").tensors)
+    choice = peft_kernels.explain(op, *args, **kwargs)
+    assert (choice.op, choice.backend in dispatch.ORDER[op]) == (op, True)
+    names = inspect.signature(getattr(functional, op)).parameters
+    assert peft_kernels.explain(op, **dict(zip(names, args, strict=False)), **kwargs) == choice
 
 
 def test_reasons_name_what_was_passed_over():
-    choice = peft_kernels.explain("lora_linear", *PROBES["lora_linear"]())
+    choice = peft_kernels.explain("lora_linear", *ARGUMENTS["lora_linear"]())
     passed_over = dict(choice.rejected)
     order = dispatch.ORDER["lora_linear"]
     assert list(passed_over) == list(order[: order.index(choice.backend)])
@@ -77,10 +88,10 @@ def test_unknown_names():
 
 def test_use_backend_forces_and_restores():
     with peft_kernels.use_backend("reference"):
-        choice = peft_kernels.explain("lora_linear", *PROBES["lora_linear"]())
+        choice = peft_kernels.explain("lora_linear", *ARGUMENTS["lora_linear"]())
         assert (choice.backend, choice.rejected) == ("reference", ())
         with peft_kernels.use_backend("composed"):
-            assert peft_kernels.explain("lora_linear", *PROBES["lora_linear"]()).backend == "composed"
+            assert peft_kernels.explain("lora_linear", *ARGUMENTS["lora_linear"]()).backend == "composed"
             with peft_kernels.use_backend(None):
                 assert dispatch._forced is None
         assert dispatch._forced == "reference"
@@ -109,7 +120,7 @@ def test_the_forced_implementation_really_runs(name, monkeypatch):
 
 def test_an_op_without_that_backend_keeps_its_choice():
     with peft_kernels.use_backend("composed"):
-        assert peft_kernels.explain("philox_dropout", *PROBES["philox_dropout"]()).backend != "composed"
+        assert peft_kernels.explain("philox_dropout", *ARGUMENTS["philox_dropout"]()).backend != "composed"
 
 
 def test_forced_but_unsupported_raises(monkeypatch):
@@ -129,10 +140,10 @@ def test_unproven_is_passed_over_by_default_and_forced_on_request(monkeypatch):
         monkeypatch, "lora_linear", "triton",
         forward=reference.forward, backward=reference.backward, unproven=lambda problem: "never measured here",
     )  # fmt: skip
-    choice = peft_kernels.explain("lora_linear", *PROBES["lora_linear"]())
+    choice = peft_kernels.explain("lora_linear", *ARGUMENTS["lora_linear"]())
     assert ("triton", "never measured here") in choice.rejected
     with peft_kernels.use_backend("triton"):
-        assert peft_kernels.explain("lora_linear", *PROBES["lora_linear"]()).backend == "triton"
+        assert peft_kernels.explain("lora_linear", *ARGUMENTS["lora_linear"]()).backend == "triton"
         LoraProblem(3, 8, 6, 2).run()
 
 
@@ -144,7 +155,7 @@ def test_implementation_that_cannot_be_imported_is_passed_over(monkeypatch):
 
     real = dispatch._implementation
     monkeypatch.setattr(dispatch, "_implementation", missing)
-    rejected = dict(peft_kernels.explain("lora_linear", *PROBES["lora_linear"]()).rejected)
+    rejected = dict(peft_kernels.explain("lora_linear", *ARGUMENTS["lora_linear"]()).rejected)
     assert rejected["triton"] == "not importable: No module named 'triton'"
 
 
@@ -153,7 +164,7 @@ def test_forced_in_threads():
     seen = []
     with peft_kernels.use_backend("reference"):
         thread = threading.Thread(
-            target=lambda: seen.append(peft_kernels.explain("lora_linear", *PROBES["lora_linear"]()).backend)
+            target=lambda: seen.append(peft_kernels.explain("lora_linear", *ARGUMENTS["lora_linear"]()).backend)
         )
         thread.start()
         thread.join(30)
