@@ -134,7 +134,7 @@ def find_target(output: Path | None) -> Target:
     from triton.runtime import driver
 
     shared_bytes = driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    machine = Machine(torch.cuda.get_device_properties(index).multi_processor_count, shared_bytes)
+    machine = Machine(arch, torch.cuda.get_device_properties(index).multi_processor_count, shared_bytes)
     return Target(DEVICE, arch, index, machine, output or tuning.user_folder() / f"{arch}.json")
 
 

@@ -1,8 +1,8 @@
 """Which configurations `peft-kernels tune` tries for a kernel.
 
 Around the configuration in force: values of `SPACES` one step away in one field ("small"), or any of them in up to two
-fields ("full"). Besides, every configuration that a rule of any architecture gives to the kernel, and for kernels that
-an op can do without, none at all. A kernel without a space is tried with the rules' configurations.
+fields ("full"). Besides, every configuration that a rule of this or an older architecture gives to the kernel, and none
+at all for kernels that an op can do without. A kernel without a space is tried with the rules' configurations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from peft_kernels.tuning.configs import Config
-from peft_kernels.tuning.files import known_architectures, load
+from peft_kernels.tuning.files import known_architectures, load, number
 from peft_kernels.tuning.trials import Answer
 
 SMALL, FULL = "small", "full"
@@ -43,8 +43,9 @@ class Space:
 
 @dataclass(frozen=True)
 class Machine:
-    """What bounds a candidate: multiprocessors, bytes of shared memory that one program can have."""
+    """What bounds a candidate: architecture, multiprocessors, bytes of shared memory that one program can have."""
 
+    arch: str
     multiprocessors: int
     shared_bytes: int
 
@@ -97,7 +98,7 @@ def candidates(kernel: str, dtype: str, in_force: Answer, extent: str, machine: 
         machine: drops what cannot fit.
     """
     space = SPACES.get(kernel)
-    rules = list(_of_rules(kernel, dtype))
+    rules = list(_of_rules(kernel, dtype, machine.arch))
     found: list[Answer] = [in_force]
     if space is not None:
         base = in_force if in_force is not None else next(reversed(rules), None)
@@ -109,9 +110,10 @@ def candidates(kernel: str, dtype: str, in_force: Answer, extent: str, machine: 
     return tuple(dict.fromkeys(found))
 
 
-def _of_rules(kernel: str, dtype: str) -> Iterator[Config]:
+def _of_rules(kernel: str, dtype: str, newest: str) -> Iterator[Config]:
     for arch in known_architectures():
-        yield from (rule.config for rule in load(arch).rules[kernel] if rule.dtype in (None, dtype))
+        if number(arch) <= number(newest):
+            yield from (rule.config for rule in load(arch).rules[kernel] if rule.dtype in (None, dtype))
 
 
 def _around(base: Config, space: Space, extent: str, machine: Machine) -> Iterator[Config]:

@@ -15,8 +15,8 @@
       "tuned": [...]                            every measurement behind `measured` (tuning/points.py)
     }
 
-`"configs_of": "sm_80"` in place of `kernels` takes the rules of another architecture. `measured` and `tuned` are
-written by `peft-kernels tune`: by default into a file of the same form in the user's folder, whose rules are not used.
+`"configs_of": "sm_80"` takes the rules of another architecture for kernels that `kernels` lacks. `measured` and `tuned`
+are written by `peft-kernels tune`: by default into a file of this form in the user's folder, whose rules are not used.
 """
 
 from __future__ import annotations
@@ -136,24 +136,20 @@ def parse(content: Any, name: str) -> Architecture:
     _expect_keys(content, {"arch", "measured"}, {"kernels", "configs_of", "tuned"}, name)
     if f"{content['arch']}.json" != name:
         raise TuningError(f"{name}: arch is {content['arch']!r}; expected {name.removesuffix('.json')!r}")
-    if ("kernels" in content) == ("configs_of" in content):
-        raise TuningError(f"{name}: expected either 'kernels' or 'configs_of'")
     measured = tuple(_win(entry, f"{name}: measured[{i}]") for i, entry in enumerate(content["measured"]))
     tuned = tuple(_point(entry, f"{name}: tuned[{i}]") for i, entry in enumerate(content.get("tuned", ())))
+    others: dict[str, tuple[Rule, ...]] = {}
     if "configs_of" in content:
         if content["configs_of"] not in known_architectures():
             raise TuningError(f"{name}: configs_of is {content['configs_of']!r}, an architecture without a file")
-        return Architecture(load(content["configs_of"]).rules, measured, tuned)
-    kernels = content["kernels"]
-    _expect_keys(kernels, set(CONFIGS), set(), f"{name}: kernels")
-    return Architecture(
-        {
-            kernel: tuple(_rule(kernel, entry, f"{name}: {kernel}[{i}]") for i, entry in enumerate(entries))
-            for kernel, entries in kernels.items()
-        },
-        measured,
-        tuned,
-    )
+        others = load(content["configs_of"]).rules
+    kernels = content.get("kernels", {})
+    _expect_keys(kernels, set(CONFIGS) - set(others), set(CONFIGS), f"{name}: kernels")
+    own = {
+        kernel: tuple(_rule(kernel, entry, f"{name}: {kernel}[{i}]") for i, entry in enumerate(entries))
+        for kernel, entries in kernels.items()
+    }
+    return Architecture(others | own, measured, tuned)
 
 
 def _expect_keys(content: Any, required: set[str], optional: set[str], where: str) -> None:

@@ -222,9 +222,13 @@ class Search:
     def _tune(self) -> None:
         while (found := self._next()) is not None:
             question, mode, in_force = found
+            configs = candidates(question.kernel, question.dtype, in_force, self.extent, self.machine)
+            if len(configs) == 1:
+                self.finished.add(question)
+                continue
             self.report(f"{question}, judged by {mode}")
             try:
-                for config in candidates(question.kernel, question.dtype, in_force, self.extent, self.machine):
+                for config in configs:
                     self._try(question, mode, config)
             finally:
                 found_one = self._settle(question, in_force)
