@@ -56,6 +56,29 @@ class FusedPeftLinear(Linear):
         if self._peft_kernels_place is not None:  # a deep copy, or read from a file
             self._peft_kernels_place.group.join(self._peft_kernels_place.position, self)
 
+    def merge(self, *args, **kwargs) -> None:
+        """As PEFT's."""
+        self._forget_norms()
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """As PEFT's."""
+        self._forget_norms()
+        super().unmerge()
+
+    def _apply(self, *args, **kwargs):
+        self._forget_norms()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._forget_norms()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget_norms(self) -> None:
+        norms = self.__dict__.get("_peft_kernels_norms")
+        if norms is not None:
+            norms.forget()
+
     def _get_name(self) -> str:
         return "Linear"  # so that repr says `lora.Linear`, as PEFT's
 

@@ -17,21 +17,28 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.variants import ALoraLinearVariant, MiCALinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant, MiCALinearVariant
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
-from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels import functional
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.integrations._peft_dora import dora_operands
+from peft_kernels.integrations._peft_objections import (
+    BASES,
+    DROPOUTS,
+    PLAIN,
+    hook_objection,
+    input_objection,
+    surroundings_objection,
+    tensor_objection,
+    type_objection,
+)
 
-BASES = (nn.Linear, Conv1D)
-DROPOUTS = (nn.Identity, nn.Dropout)
 # Types of (base_layer, lora_A, lora_B, lora_dropout) whose calls do what `lora_linear` does. Exact ones: quantised
 # layers, parametrised ones and those that FSDP2 wraps one by one are subclasses.
 _FUSIBLE = frozenset(itertools.product(BASES, (nn.Linear,), (nn.Linear,), DROPOUTS))
-PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_TRIPLES = frozenset(itertools.product(PLAIN, repeat=3))
 
 in_transform = torch._C._are_functorch_transforms_active
@@ -116,9 +123,9 @@ def _single(layer: Any, x: Tensor | None, name: str) -> tuple | str:
             or state["_backward_pre_hooks"]
             or "forward" in state
         ):
-            return _hook_objection(base, a, b, dropout)
+            return hook_objection(base, a, b, dropout)
     if not layer.cast_input_dtype_enabled or has_global_hook() or in_transform():
-        return _surroundings_objection(layer)
+        return surroundings_objection(layer)
     # What is not a parameter is an attribute: FSDP1, DataParallel and hypernetworks put the tensor of the moment there.
     parameters = base._parameters
     weight = parameters["weight"] if "weight" in parameters else base.weight
@@ -138,9 +145,9 @@ def _single(layer: Any, x: Tensor | None, name: str) -> tuple | str:
         or type(scaling) is not float
         or not -math.inf < scaling < math.inf
     ):
-        return _tensor_objection(weight, bias, lora_A, lora_B, lora_bias, scaling)
+        return tensor_objection(weight, bias, lora_A, lora_B, lora_bias, scaling)
     if x is not None and (type(x) not in PLAIN or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type))):
-        return _input_objection(x, weight)
+        return input_objection(x, weight)
     dropout_p = 0.0
     if type(dropout) is nn.Dropout and dropout.training:
         if dropout.inplace:
@@ -171,6 +178,8 @@ def _variant(layer: Any, x: Tensor | None, name: str, alora_offsets: Sequence[in
     variant = layer.lora_variant[name]
     if _is_plain_lora(variant):
         return _single(layer, x, name)
+    if type(variant) is DoraLinearVariant:
+        return dora_operands(layer, x, _single(layer, x, name), name)
     if type(variant) is ALoraLinearVariant:
         return _activated(_single(layer, x, name), x, alora_offsets)
     return f"the adapter is a LoRA variant ({type(variant).__name__})"
@@ -199,71 +208,3 @@ def _last_tokens(x: Tensor, offsets: Sequence[int | None] | None) -> Tensor:
     first = torch.tensor([tokens - min(int(offset or 0), tokens) for offset in offsets], device=x.device)
     mask = torch.arange(tokens, device=x.device) >= first.unsqueeze(1)
     return mask if x.ndim == 3 else mask.squeeze(1)
-
-
-def _surroundings_objection(layer: Any) -> str:
-    if not layer.cast_input_dtype_enabled:
-        return "PEFT's casting of the input is switched off (cast_input_dtype_enabled)"
-    if has_global_hook():
-        return "a global module hook is registered"
-    return "a torch.func transform (vmap, grad, ...) is active"
-
-
-def _tensor_objection(weight, bias, lora_A, lora_B, lora_bias, scaling) -> str:
-    for tensor in (weight, lora_A, lora_B, lora_bias):
-        if tensor is not None and type(tensor) not in PLAIN:
-            return f"a weight is a {full_name(tensor)}, not a plain tensor"
-    if lora_A.dtype != lora_B.dtype:
-        return f"lora_A is {lora_A.dtype}, lora_B {lora_B.dtype}"
-    if bias is not None and bias.dtype != weight.dtype:
-        return f"the base weight is {weight.dtype}, its bias {bias.dtype}"
-    if lora_bias is not None and lora_bias.dtype != lora_B.dtype:
-        return f"lora_B is {lora_B.dtype}, its bias {lora_bias.dtype}"
-    if type(scaling) is not float:
-        return f"scaling is a {full_name(scaling)}, not a float"
-    if not -math.inf < scaling < math.inf:
-        return f"scaling is {scaling}"
-    return f"the rank is above {MAX_RANK}"
-
-
-def _input_objection(x: Tensor, weight: Tensor) -> str:
-    if type(x) not in PLAIN:
-        return f"x is a {full_name(x)}, not a plain tensor"
-    return f"x is {x.dtype}, the base weight {weight.dtype}"
-
-
-def type_objection(base, a, b, dropout) -> str:
-    """Which of the children is of a type whose call may do something else."""
-    if type(base) not in BASES:
-        return f"the base layer is a {full_name(base)}, not exactly torch.nn.Linear or transformers' Conv1D"
-    if type(dropout) not in DROPOUTS:
-        return f"lora_dropout is a {full_name(dropout)}, not torch.nn.Dropout"
-    child = b if type(a) is nn.Linear else a
-    return f"an adapter weight is in a {full_name(child)}, not in a torch.nn.Linear"
-
-
-def _hook_objection(*children: nn.Module) -> str:
-    names = ("base_layer", "lora_A", "lora_B", "lora_dropout")
-    for name, child in zip(names, children, strict=True):
-        if "forward" in child.__dict__:
-            return f"the forward of {name} is replaced (by accelerate's or tensor-parallel hooks, for example)"
-        if has_hooks(child):
-            return f"{name} has hooks"
-    raise AssertionError("no child has hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module would do more than its forward, or another forward than its class's."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-
-
-def full_name(value: object) -> str:
-    """module.Class of a value, for messages."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"

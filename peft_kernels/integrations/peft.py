@@ -22,7 +22,8 @@ from torch import nn
 from peft_kernels import parity
 from peft_kernels.integrations._peft_groups import form
 from peft_kernels.integrations._peft_linear import FusedPeftLinear, Site
-from peft_kernels.integrations._peft_operands import BASES, full_name, operands, type_objection
+from peft_kernels.integrations._peft_objections import BASES, full_name, type_objection
+from peft_kernels.integrations._peft_operands import operands
 from peft_kernels.integrations.report import Calls, Report, Row
 
 logger = logging.getLogger("peft_kernels")
@@ -68,7 +69,7 @@ def restore(model: nn.Module) -> int:
             )
     for layer in layers.values():
         layer.__class__ = Linear
-        for name in ("_peft_kernels", "_peft_kernels_place"):
+        for name in ("_peft_kernels", "_peft_kernels_place", "_peft_kernels_norms"):
             layer.__dict__.pop(name, None)
         # accelerate's hooks keep the method that they replaced.
         old = layer.__dict__.get("_old_forward")

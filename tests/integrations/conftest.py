@@ -11,7 +11,7 @@ pytest.importorskip("peft", reason="needs Hugging Face PEFT: pip install 'peft-k
 
 from peft_kernels import functional
 
-OPS = [name for name in functional.__all__ if "lora" in name]
+OPS = [name for name in functional.__all__ if "lora" in name or name == "dora_linear"]
 
 
 class Calls:

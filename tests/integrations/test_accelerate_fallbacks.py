@@ -63,6 +63,28 @@ def variant(**config):
     return change
 
 
+def magnitudes(model):
+    variant(use_dora=True)(model)
+    return [layer.lora_magnitude_vector["variant"] for layer in (layer_of(model), model.base_model.model.second)]
+
+
+def dora_with_a_bias(model):
+    """PEFT refuses it in the configuration."""
+    variant(use_dora=True)(model)
+    for layer in (layer_of(model), model.base_model.model.second):
+        layer.lora_B["variant"].bias = nn.Parameter(torch.ones(layer.out_features))
+
+
+def dora_with_a_hook(model):
+    for module in magnitudes(model):
+        module.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def dora_of_another_dtype(model):
+    for module in magnitudes(model):
+        module.double()
+
+
 def lora_bias_of_another_dtype(model):
     add(model, "biased", lora_bias=True)
     for layer in (model.base_model.model.first, model.base_model.model.second):
@@ -161,7 +183,9 @@ CASES = [
     (two_active_with_a_variant, "2 adapters are active at once, with LoRA variants among them .DoraLinearVariant"),
     (two_active_of_two_dtypes, "several dtypes .torch.float32, torch.float64"),
     (none_active_here, "no active adapter"),
-    (variant(use_dora=True), "DoraLinearVariant"),
+    (dora_with_a_bias, "DoRA with a bias of the adapter"),
+    (dora_with_a_hook, "the magnitude is in a peft.tuners.lora.dora.DoraLinearLayer that does more"),
+    (dora_of_another_dtype, "the magnitude is torch.float64"),
     (variant(velora_config=VeloraConfig(num_groups=4)), "VeloraLinearVariant"),
     (child_hook("base_layer", "register_forward_hook"), "base_layer has hooks"),
     (child_hook("lora_A", "register_forward_pre_hook"), "lora_A has hooks"),
@@ -211,6 +235,28 @@ def test_the_report_foresees_the_fallback(change, reason):
     with pytest.raises(RuntimeError, match=f"no layer can be fused(.|\n)*{reason}"):
         accelerate(model)
     assert not isinstance(layer_of(model), FusedPeftLinear)
+
+
+def test_dora_that_takes_the_norms_of_columns(fused):
+    """As PEFT does when one configuration serves layers of both orientations; it fits square weights only."""
+    base = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    model = adapted(base, target_modules=["0"], use_dora=True)
+    model.base_model.model[0].lora_magnitude_vector["default"].fan_in_fan_out = True
+    stock = models.twin(model)
+    with pytest.raises(RuntimeError, match=r"DoRA with fan_in_fan_out=True on a torch\.nn\.modules\.linear\.Linear"):
+        accelerate(model)
+    model.base_model.model[0].__class__ = FusedPeftLinear
+    assert torch.equal(model(features(5, 16)), stock(features(5, 16)))
+    assert fused() == 0
+
+
+def test_dora_of_one_dimension_has_the_shape_that_peft_gives_it(fused):
+    model = toy(use_dora=True)
+    stock = models.twin(model)
+    report = accelerate(model)
+    assert layer_of(model)(features(24)).shape == layer_of(stock)(features(24)).shape == (1, 16)
+    assert fused() == 0
+    assert sum(report.fallbacks.values()) == 1
 
 
 def test_fallback_ends_with_its_cause(fused):
