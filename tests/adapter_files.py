@@ -219,9 +219,7 @@ _CONFIGS = [
     config_with("fan_in_fan_out", fan_in_fan_out=1),
     config_with("init_lora_weights", init_lora_weights="pissa"),
     config_with("init_lora_weights", init_lora_weights="olora"),
-    config_with("use_dora", use_dora=True),
-    config_with("lora_bias", lora_bias=True),
-    config_with("bias", bias="lora_only"),
+    config_with("bias", bias="all"),
     config_with("modules_to_save", modules_to_save=["classifier"]),
     config_with("alora_invocation_tokens", alora_invocation_tokens=[1, 2]),
     config_with("layer_replication", layer_replication=[[0, 2]]),
@@ -293,6 +291,17 @@ _TENSORS = [
     tensors_with("DoRA", "DoRA", **{"base_model.model.first.lora_magnitude_vector": torch.ones(5)}),
     tensors_with("embedding", "embedding", **{"base_model.model.e.lora_embedding_A": torch.ones(2, 6)}),
     tensors_with("bias", "bias", **{"base_model.model.first.lora_B.bias": torch.ones(5)}),
+    tensors_with("layer norm's bias", "a bias of another layer", **{"base_model.model.norm.bias": torch.ones(5)}),
+    tensors_with("trained bias", "trained bias", **{"base_model.model.first.base_layer.bias": torch.ones(5)}),
+    tensors_with("modules_to_save", "modules_to_save", **{"base_model.model.modules_to_save.weight": torch.ones(5)}),
+    tensors_with(
+        "half an embedding", "'e' has no lora_embedding_B", **{"base_model.model.e.lora_embedding_A": torch.ones(2, 6)}
+    ),
+    tensors_with(
+        "embedding and linear", "belongs to no embedding",
+        **{"base_model.model.first.lora_embedding_A": torch.ones(2, 6),
+           "base_model.model.first.lora_embedding_B": torch.ones(5, 2)},
+    ),
     tensors_with("adapter name in the key", "unexpected", **{"first.lora_A.other.weight": torch.ones(2, 6)}),
     tensors_with("one tensor twice", "same tensor", **{"_orig_mod.first.lora_A.weight": torch.ones(2, 6)}),
     tensors_with(
@@ -301,4 +310,53 @@ _TENSORS = [
     ),
 ]  # fmt: skip
 
-SPOILED = [*_FILES, *_CONFIGS, *_HEADERS, *_TENSORS]
+MAGNITUDES = {
+    f"base_model.model.{name}.lora_magnitude_vector": torch.ones(n) for name, n in (("first", 5), ("second", 4))
+}
+LORA_BIASES = {f"base_model.model.{name}.lora_B.bias": torch.ones(n) for name, n in (("first", 5), ("second", 4))}
+
+
+def _first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict([*tensors.items()][:1])
+
+
+def _both(id: str, config: dict, tensors: dict[str, Tensor], *mentions: str) -> Spoiled:
+    def spoil(folder: Path) -> None:
+        write_folder(folder, good_config(**config), good_tensors(**tensors))
+
+    return Spoiled(id, spoil, mentions)
+
+
+_OPTIONS = [
+    config_with("first", "lora_magnitude_vector", "use_dora", use_dora=True),
+    config_with("first", "lora_bias", lora_bias=True),
+    config_with("lora_bias is set together with use_dora", lora_bias=True, use_dora=True),
+    config_with("use_dora is 'yes'", use_dora="yes"),
+    config_with("lora_bias is 1", lora_bias=1),
+    config_with("bias", '"none" or "lora_only"', bias=True),
+    _both("one magnitude", {"use_dora": True}, _first(MAGNITUDES), "'second' has no lora_magnitude_vector"),
+    _both("one lora_bias", {"lora_bias": True}, _first(LORA_BIASES), "'second' has no lora_bias"),
+    _both(
+        "magnitude is a matrix", {"use_dora": True},
+        {**MAGNITUDES, "base_model.model.first.lora_magnitude_vector": torch.ones(5, 1)}, "(5, 1)", "one dimension",
+    ),
+    _both(
+        "magnitude is NaN", {"use_dora": True},
+        {**MAGNITUDES, "base_model.model.first.lora_magnitude_vector": torch.full((5,), math.nan)},
+        "lora_magnitude_vector",
+    ),
+    _both(
+        "embedding with DoRA", {"use_dora": True, "target_modules": ["first", "second", "e"]},
+        {**MAGNITUDES, "base_model.model.e.lora_embedding_A": torch.ones(2, 6),
+         "base_model.model.e.lora_embedding_B": torch.ones(5, 2)},
+        "'e' is an embedding", "use_dora",
+    ),
+    _both(
+        "embedding's rank", {"target_modules": ["first", "second", "e"]},
+        {"base_model.model.e.lora_embedding_A": torch.ones(2, 6),
+         "base_model.model.e.lora_embedding_B": torch.ones(5, 3)},
+        "e.lora_embedding_B", "rank 3", "r = 2",
+    ),
+]  # fmt: skip
+
+SPOILED = [*_FILES, *_CONFIGS, *_HEADERS, *_TENSORS, *_OPTIONS]

@@ -1,7 +1,8 @@
 """LoRA adapters on disk as Hugging Face PEFT stores them: adapter_config.json beside adapter_model.safetensors.
 
-Tensors are `base_model.model.<layer>.lora_A.weight`, [r, in_features], and `...lora_B.weight`, [out_features, r].
-Reading refuses whatever is not plainly one such adapter, before it allocates; nothing is ever unpickled.
+Tensors are `base_model.model.<layer>.lora_A.weight`, [r, in_features], and `...lora_B.weight`, [out_features, r], and
+what `SUFFIXES` lists besides. Reading refuses whatever is not plainly one such adapter, before it allocates; nothing is
+ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,12 +30,27 @@ MAX_CONFIG_BYTES = 16 * 2**20
 PREFIX = "base_model.model."
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_KEY = re.compile(r"(?P<layer>.+)\.(?P<matrix>lora_[AB])\.weight", re.DOTALL)
+# How PEFT ends the key of each tensor that `adapter_parameters` of a module names.
+SUFFIXES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_bias": "lora_B.bias",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "bias": "base_layer.bias",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
+}
+_NAMES = {suffix: name for name, suffix in SUFFIXES.items()}
+_KEY = re.compile(rf"(?P<layer>.+)\.(?P<suffix>{'|'.join(map(re.escape, _NAMES))})", re.DOTALL)
+# What a tensor besides A and B means, for messages, and the setting that it goes with.
+_EXTRAS = {
+    "lora_magnitude_vector": ("DoRA", "use_dora"),
+    "lora_bias": ("a bias of the update", "lora_bias"),
+    "bias": ("a trained bias", "train_bias"),
+}
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
 _UNSUPPORTED_TENSORS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_embedding_": "an adapted embedding",
-    ".bias": "a bias",
+    ".bias": "a bias of another layer",
     "modules_to_save": "modules_to_save",
     ".base_layer.": "a base weight, as PEFT saves without save_embedding_layers=False,",
 }
@@ -47,7 +63,7 @@ class Adapter:
     Attributes:
         path: the weights' file, for messages.
         settings: the meaning of its configuration.
-        layers: for each layer, {"lora_A": key, "lora_B": key}.
+        layers: for each layer its keys by the names of `SUFFIXES`.
         infos: dtype and shape by key.
     """
 
@@ -61,7 +77,7 @@ class Adapter:
         return self.infos[self.layers[layer][matrix]]
 
     def read(self) -> dict[str, dict[str, Tensor]]:
-        """{layer: {"lora_A": tensor, "lora_B": tensor}} on the CPU, all finite.
+        """The tensors of each layer by the names of `SUFFIXES`, on the CPU, all finite.
 
         Raises:
             ValueError: a value is infinite or NaN.
@@ -118,7 +134,7 @@ def write_adapter(
     Args:
         folder: created where it does not exist.
         config: the contents of `adapter_config.json`.
-        layers: {layer: {"lora_A": tensor, "lora_B": tensor}}, on any device.
+        layers: {layer: {name: tensor}} with the names of `SUFFIXES`, on any device.
         adapter_name: one not called "default" goes to the sub-folder of that name.
 
     Returns:
@@ -134,7 +150,7 @@ def write_adapter(
         for matrix, tensor in matrices.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{folder}: {matrix} of {layer} holds non-finite values; nothing was written")
-            tensors[f"{PREFIX}{layer}.{matrix}.weight"] = tensor.detach().to("cpu", copy=True).contiguous()
+            tensors[f"{PREFIX}{layer}.{SUFFIXES[matrix]}"] = tensor.detach().to("cpu", copy=True).contiguous()
     text = json.dumps(config, indent=2, allow_nan=False).encode()
     folder.mkdir(parents=True, exist_ok=True)
     _replace_both(folder, text, save(tensors, metadata={"format": "pt"}))
@@ -190,11 +206,11 @@ def _layers(infos: Mapping[str, TensorInfo], path: Path) -> dict[str, dict[str, 
         if match is None:
             unsupported = [what for text, what in _UNSUPPORTED_TENSORS.items() if text in key]
             hint = f" ({unsupported[0]} is not supported)" if unsupported else ""
-            raise ValueError(f"{path}: unexpected tensor {short(key)}{hint}; expected only <layer>.lora_[AB].weight")
-        matrices = layers.setdefault(match["layer"], {})
-        if match["matrix"] in matrices:
-            raise ValueError(f"{path}: {short(key)} and {short(matrices[match['matrix']])} mean the same tensor")
-        matrices[match["matrix"]] = key
+            raise ValueError(f"{path}: unexpected tensor {short(key)}{hint}; expected only those of LoRA layers")
+        tensors, name = layers.setdefault(match["layer"], {}), _NAMES[match["suffix"]]
+        if name in tensors:
+            raise ValueError(f"{path}: {short(key)} and {short(tensors[name])} mean the same tensor")
+        tensors[name] = key
     if not layers:
         raise ValueError(f"{path}: holds no LoRA tensors")
     return layers
@@ -203,20 +219,52 @@ def _layers(infos: Mapping[str, TensorInfo], path: Path) -> dict[str, dict[str, 
 def _check_layer(
     layer: str, keys: Mapping[str, str], infos: Mapping[str, TensorInfo], settings: LoraSettings, path: Path
 ) -> None:
-    for matrix in ("lora_A", "lora_B"):
-        if matrix not in keys:
-            raise ValueError(f"{path}: {short(layer)} has no {matrix}")
-        if len(infos[keys[matrix]].shape) != 2:
-            shape = shape_text(infos[keys[matrix]].shape)
-            raise ValueError(f"{path}: {short(keys[matrix])} has shape {shape}; expected two dimensions")
-    a, b, r = infos[keys["lora_A"]], infos[keys["lora_B"]], settings.rank_of(layer)
-    for key, rank in ((keys["lora_A"], a.shape[0]), (keys["lora_B"], b.shape[1])):
+    names = matrix_names(keys)
+    for name in names:
+        if name not in keys:
+            raise ValueError(f"{path}: {short(layer)} has no {name}")
+    _check_extras(layer, keys, settings, path)
+    a, b, r = infos[keys[names[0]]], infos[keys[names[1]]], settings.rank_of(layer)
+    for name, key in keys.items():
+        shape, dimensions = infos[key].shape, 2 if name in names else 1
+        if len(shape) != dimensions:
+            expected = "two dimensions" if dimensions == 2 else "one dimension"
+            raise ValueError(f"{path}: {short(key)} has shape {shape_text(shape)}; expected {expected}")
+    for name, rank in zip(names, (a.shape[0], b.shape[1]), strict=True):
         if rank != r:
-            raise ValueError(f"{path}: {short(key)} has rank {rank}, but {CONFIG} says r = {r} for this layer")
+            raise ValueError(f"{path}: {short(keys[name])} has rank {rank}, but {CONFIG} says r = {r} for this layer")
     if a.dtype != b.dtype:
-        raise ValueError(f"{path}: {short(layer)} has lora_A in {a.dtype} and lora_B in {b.dtype}; expected one dtype")
+        what = f"{names[0]} in {a.dtype} and {names[1]} in {b.dtype}"
+        raise ValueError(f"{path}: {short(layer)} has {what}; expected one dtype")
     if not settings.targets(layer):
         raise ValueError(f"{path}: has tensors for {short(layer)}, which {CONFIG} does not target")
+
+
+def matrix_names(names: Iterable[str]) -> tuple[str, str]:
+    """The names of A and B of a layer that has tensors of these names."""
+    if any(name.startswith("lora_embedding_") for name in names):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A", "lora_B"
+
+
+def _check_extras(layer: str, keys: Mapping[str, str], settings: LoraSettings, path: Path) -> None:
+    """Each tensor besides A and B is there if, and only if, the configuration says so."""
+    embedding = "lora_embedding_A" in keys
+    for setting in ("use_dora", "lora_bias"):
+        if embedding and getattr(settings, setting):
+            raise ValueError(
+                f"{path}: {short(layer)} is an embedding, but {CONFIG} has {setting}, which embeddings do not support"
+            )
+    for name, key in keys.items():
+        if embedding and not name.startswith("lora_embedding_"):
+            raise ValueError(f"{path}: {short(key)} belongs to no embedding, but {short(layer)} has lora_embedding_A")
+        what, setting = _EXTRAS.get(name, ("", ""))
+        if setting and not getattr(settings, setting):
+            raise ValueError(f"{path}: {short(key)} is {what}, which {CONFIG} says that the adapter has not")
+    for name, (what, setting) in _EXTRAS.items():
+        # A layer without bias has none to train, which only the model shows.
+        if getattr(settings, setting) and name not in keys and name != "bias" and not embedding:
+            raise ValueError(f"{path}: {short(layer)} has no {name} ({what}), but {CONFIG} says {setting}")
 
 
 def _replace_both(folder: Path, config: bytes, weights: bytes) -> None:

@@ -22,18 +22,18 @@ MAX_ALPHA = 1e6
 Names = tuple[str, ...] | str
 
 _REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
-_OPTIONAL = ("lora_dropout", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "exclude_modules",
-             "layers_to_transform", "layers_pattern", "init_lora_weights")  # fmt: skip
+_OPTIONAL = ("lora_dropout", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+             "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights")  # fmt: skip
 # Where the adapter came from and how it was started and trained: nothing that a trained adapter computes.
 _IGNORED = ("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
             "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
             "task_type")  # fmt: skip
 # What would make the adapter compute something that this library does not, and the values that mean "not used".
 _UNSUPPORTED: dict[str, tuple] = {
-    "alora_invocation_tokens": (None, []), "arrow_config": (None,), "bias": ("none",), "ensure_weight_tying": (False,),
-    "kasa_config": (None,), "layer_replication": (None, []), "lora_bias": (False,), "megatron_config": (None,),
-    "modules_to_save": (None, []), "monteclora_config": (None,), "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}), "use_bdlora": (None, False), "use_dora": (False,),
+    "alora_invocation_tokens": (None, []), "arrow_config": (None,), "bias": ("none", "lora_only"),
+    "ensure_weight_tying": (False,), "kasa_config": (None,), "layer_replication": (None, []),
+    "megatron_config": (None,), "modules_to_save": (None, []), "monteclora_config": (None,),
+    "target_parameters": (None, []), "trainable_token_indices": (None, [], {}), "use_bdlora": (None, False),
     "use_qalora": (False,), "velora_config": (None,),
 }  # fmt: skip
 # The other ways of starting an adapter (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base model's weights as well.
@@ -42,7 +42,7 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The meaning of an adapter's configuration. Field names and defaults as in PEFT's `LoraConfig`.
+    """The meaning of an adapter's configuration. Field names and defaults as PEFT's, but for `train_bias`.
 
     Attributes:
         r: rank, where `rank_pattern` has no other.
@@ -51,6 +51,9 @@ class LoraSettings:
             name, or "all-linear".
         exclude_modules: names, endings or an expression, of layers that are not adapted although they are targets.
         rank_pattern, alpha_pattern: rank and alpha by regular expression for the name or its ending; first match wins.
+        use_dora: the rows of the adapted weights have trained lengths (DoRA).
+        lora_bias: the updates have biases.
+        train_bias: the biases of the adapted layers are trained too (PEFT's bias = "lora_only").
         layers_to_transform: only layers with these numbers, when `target_modules` is a list.
         layers_pattern: names of the module lists that those numbers count in; any when empty.
     """
@@ -61,6 +64,9 @@ class LoraSettings:
     exclude_modules: Names | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    train_bias: bool = False
     fan_in_fan_out: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -130,9 +136,11 @@ def checked_settings(where: str, **fields) -> LoraSettings:
             fields[key] = _checked_names(where, key, fields[key])
     if not fields.get("target_modules"):
         raise ValueError(f"{where}: target_modules is empty; expected names, a regular expression or {ALL_LINEAR!r}")
-    for key in ("use_rslora", "fan_in_fan_out"):
+    for key in ("use_rslora", "use_dora", "lora_bias", "train_bias", "fan_in_fan_out"):
         if not isinstance(fields.get(key, False), bool):
             raise TypeError(f"{where}: {key} is {short(fields[key])}; expected true or false")
+    if fields.get("use_dora") and fields.get("lora_bias"):
+        raise ValueError(f"{where}: lora_bias is set together with use_dora, which has no place for it")
     check_rank(where, "r", fields["r"])
     _check_alpha(where, "lora_alpha", fields["lora_alpha"])
     check_probability(where, "lora_dropout", fields.get("lora_dropout", 0.0))
@@ -163,8 +171,8 @@ def parse_config(config: dict, path: Path) -> LoraSettings:
         raise ValueError(f"{path}: peft_type is {short(config['peft_type'])}; expected 'LORA'")
     for key, value in config.items():
         if key in _UNSUPPORTED and value not in _UNSUPPORTED[key]:
-            unused = json.dumps(_UNSUPPORTED[key][0])
-            raise ValueError(f"{path}: {key} is {short(value)}, which is not supported; expected {unused}")
+            allowed = " or ".join(map(json.dumps, _UNSUPPORTED[key]))
+            raise ValueError(f"{path}: {key} is {short(value)}, which is not supported; expected {allowed}")
         known = key in (*_REQUIRED, *_OPTIONAL, *_IGNORED, *_UNSUPPORTED)
         if not known and value is not None and value is not False:  # a newer PEFT's option that is off is harmless
             raise ValueError(f"{path}: the key {short(key)} is unknown; it may change what the adapter computes")
@@ -176,7 +184,7 @@ def parse_config(config: dict, path: Path) -> LoraSettings:
         )
     fields = {key: config.get(key) for key in (*_REQUIRED, *_OPTIONAL) if key not in ("peft_type", "init_lora_weights")}
     try:
-        return checked_settings(str(path), **fields)
+        return checked_settings(str(path), train_bias=config.get("bias") == "lora_only", **fields)
     except TypeError as error:
         raise ValueError(str(error)) from error
 
@@ -209,9 +217,9 @@ def to_config(settings: LoraSettings, *, base_model: str | None, task_type: str 
         "use_rslora": settings.use_rslora,
         "fan_in_fan_out": settings.fan_in_fan_out,
         "init_lora_weights": True,
-        "bias": "none",
-        "lora_bias": False,
-        "use_dora": False,
+        "bias": "lora_only" if settings.train_bias else "none",
+        "lora_bias": settings.lora_bias,
+        "use_dora": settings.use_dora,
         "modules_to_save": None,
     }
 

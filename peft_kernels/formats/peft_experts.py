@@ -29,7 +29,8 @@ def from_peft(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Tensor,
     rows = lora_A.shape[0]
     if num_experts < 1 or rows % num_experts:
         raise ValueError(
-            f"from_peft: lora_A has shape {shape_text(lora_A.shape)}, whose rows do not divide among {num_experts} experts"
+            f"from_peft: lora_A has shape {shape_text(lora_A.shape)}; "
+            f"expected rows that divide among {num_experts} experts"
         )
     check_shape("from_peft", "lora_B", lora_B, ("out_features", rows), f"lora_A has {rows} rows")
     r = rows // num_experts

@@ -24,6 +24,11 @@ class Mergeable(nn.Module):
         """Whether `weight` currently includes the update."""
         return bool(self._set_aside)
 
+    @property
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the update by name."""
+        raise NotImplementedError
+
     def _merged_tensors(self) -> dict[str, Tensor]:
         """The parameters that merging replaces, with their merged values."""
         raise NotImplementedError

@@ -1,5 +1,5 @@
-"""Where the linear layers of a model are: their names as a checkpoint has them, which of them are meant, and how to
-put other modules in their places."""
+"""Where the layers of a model that adapters are for stand: their names as a checkpoint has them, which of them are
+meant, and how to put other modules in their places."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from peft_kernels.checks import FLOATS
 from peft_kernels.formats.peft_config import LoraSettings
 from peft_kernels.formats.strict_json import short
 from peft_kernels.nn._layers import is_hooked
+from peft_kernels.nn._merge import Mergeable
+from peft_kernels.nn.embedding import FusedLoRAEmbedding, embedding_objection, is_embedding
 from peft_kernels.nn.lora import FusedLoRALinear, is_linear
 
 # Names that torch.compile, FSDP and activation checkpointing insert into those of the modules that they wrap.
@@ -58,8 +60,27 @@ def all_sites(model: nn.Module) -> list[Site]:
     return [Site(module, tuple(names[key])) for key, module in modules.items()]
 
 
+_FUSED = (FusedLoRALinear, FusedLoRAEmbedding)
+
+
 def fused_sites(model: nn.Module) -> list[Site]:
-    return [site for site in all_sites(model) if isinstance(site.module, FusedLoRALinear)]
+    """The adapted layers that adapter files know: linear ones and embeddings."""
+    return [site for site in all_sites(model) if isinstance(site.module, _FUSED)]
+
+
+def mergeable_sites(model: nn.Module) -> list[Site]:
+    """All adapted modules, stacks of experts among them."""
+    return [site for site in all_sites(model) if isinstance(site.module, Mergeable)]
+
+
+def sizes(layer: Any) -> tuple[int, int]:
+    """(out_features, in_features) of a layer, adapted or not; (embedding_dim, num_embeddings) of an embedding."""
+    n, k = layer.weight.shape
+    return (n, k) if isinstance(layer, (nn.Linear, FusedLoRALinear)) else (k, n)
+
+
+def has_embedding(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Embedding, FusedLoRAEmbedding))
 
 
 def check_open(model: nn.Module, where: str) -> None:
@@ -108,7 +129,7 @@ def find_targets(model: nn.Module, settings: LoraSettings, where: str) -> list[S
         raise ValueError(_nothing_found(model, settings, where))
     compiled = {id(module._modules["_orig_mod"]) for module in model.modules() if "_orig_mod" in module._modules}
     for site in found:
-        reason = _objection(site.module, id(site.module) in compiled)
+        reason = _objection(site.module, id(site.module) in compiled, settings)
         if reason is not None:
             raise ValueError(f"{where}: {site.name} {reason}")
     return found
@@ -147,11 +168,16 @@ def _is_plain_linear(model: Any, module: nn.Module) -> bool:
     return module is not head and (is_linear(module) or isinstance(module, FusedLoRALinear))
 
 
-def _objection(module: nn.Module, compiled: bool) -> str | None:
-    if isinstance(module, FusedLoRALinear):
-        return "is a FusedLoRALinear already"
-    if not is_linear(module):
-        return f"is {type(module).__module__}.{type(module).__qualname__}; expected exactly nn.Linear or Conv1D"
+def _objection(module: nn.Module, compiled: bool, settings: LoraSettings) -> str | None:
+    if isinstance(module, _FUSED):
+        return f"is a {type(module).__name__} already"
+    if is_embedding(module):
+        reason = _embedding_objection(module, settings)
+        if reason is not None:
+            return reason
+    elif not is_linear(module):
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"is {kind}; expected exactly nn.Linear, Conv1D or nn.Embedding"
     if is_hooked(module):
         return "has hooks or a forward of its own, which would be lost; remove them first"
     if compiled:
@@ -159,6 +185,13 @@ def _objection(module: nn.Module, compiled: bool) -> str | None:
     if module.weight.dtype not in FLOATS:
         return f"has a weight of {module.weight.dtype}; expected a floating-point dtype"
     return None
+
+
+def _embedding_objection(embedding: Any, settings: LoraSettings) -> str | None:
+    for option in ("use_dora", "lora_bias"):
+        if getattr(settings, option):
+            return f"is an embedding, which does not support {option}"
+    return embedding_objection(embedding)
 
 
 def _nothing_found(model: nn.Module, settings: LoraSettings, where: str) -> str:

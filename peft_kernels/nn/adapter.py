@@ -1,4 +1,4 @@
-"""Low-rank adapters for a whole model: put `FusedLoRALinear` in the place of its linear layers, save and load them."""
+"""Low-rank adapters for a whole model: put `FusedLoRALinear` in the place of linear layers, merge, count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,18 @@ from peft_kernels._table import table
 from peft_kernels.formats.peft_config import LoraSettings, checked_settings
 from peft_kernels.nn._layers import flags_kept
 from peft_kernels.nn._merge import merge_all
-from peft_kernels.nn._sites import Site, check_open, find_targets, fused_sites, put_layers, skipped_linears, unwrap
+from peft_kernels.nn._sites import (
+    Site,
+    check_open,
+    find_targets,
+    fused_sites,
+    mergeable_sites,
+    put_layers,
+    sizes,
+    skipped_linears,
+    unwrap,
+)
+from peft_kernels.nn.embedding import FusedLoRAEmbedding, is_embedding
 from peft_kernels.nn.lora import FusedLoRALinear
 
 
@@ -84,22 +95,31 @@ def add_lora(
     lora_alpha: float = 16,
     lora_dropout: float = 0.0,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    lora_bias: bool = False,
+    train_bias: bool = False,
+    freeze_A: bool = False,
     adapter_dtype: torch.dtype | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     exclude_modules: Iterable[str] | str | None = None,
 ) -> AdapterReport:
-    """Replaces linear layers of a model, in place, by `FusedLoRALinear` and freezes every other parameter.
+    """Puts adapters into a model, in place, and freezes every other parameter.
+
+    Linear layers are replaced by `FusedLoRALinear`, and embeddings, where they are named, by `FusedLoRAEmbedding`.
 
     Targets are named as in Hugging Face PEFT. A module object that stands in several places is replaced in all of them
     by one layer. The layers share the weights they replace, so that the model first computes what it did before.
 
     Args:
-        model: a model with `nn.Linear` or transformers `Conv1D` layers; not yet wrapped by DDP or FSDP.
+        model: a model with `nn.Linear`, transformers `Conv1D` or `nn.Embedding` layers; not yet wrapped by DDP or FSDP.
         r: rank of each update, 1 <= r <= 512.
         target_modules: a list of names, each a layer's whole name or the end of it after a dot ("query"); a regular
             expression that fits the whole name; or "all-linear", which leaves out the output embeddings.
-        lora_alpha, lora_dropout, use_rslora, adapter_dtype: as for `FusedLoRALinear`.
+        lora_alpha, lora_dropout, use_rslora, adapter_dtype: as for `FusedLoRALinear`. Embeddings have no dropout.
+        use_dora, lora_bias: as for `FusedLoRALinear`, for all layers; not with embeddings.
+        train_bias: train the biases of the linear layers that have one as well.
+        freeze_A: train B only in linear layers. Adapter files do not say so: what is loaded trains A again.
         rank_pattern: other ranks by regular expression for the name or its end after a dot; the first that fits wins.
         alpha_pattern: the same for lora_alpha.
         exclude_modules: layers to leave alone although they are targets, given as `target_modules`.
@@ -123,15 +143,22 @@ def add_lora(
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         use_rslora=use_rslora,
+        use_dora=use_dora,
+        lora_bias=lora_bias,
+        train_bias=train_bias,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
     )
+    if not isinstance(freeze_A, bool):
+        raise TypeError(f"{where}: freeze_A is {freeze_A!r}; expected True or False")
     sites = find_targets(model, settings, where)
+    if train_bias and all(getattr(site.module, "bias", None) is None for site in sites):
+        raise ValueError(f"{where}: train_bias is set, but none of the {len(sites)} layers has a bias")
     unused = settings.unused_patterns(site.name for site in sites)
     if unused:
         raise ValueError(f"{where}: the pattern {unused[0]!r} fits none of the {len(sites)} layers named")
     skipped = skipped_linears(model) if settings.all_linear else ()
-    install(model, build_layers(sites, settings, [adapter_dtype] * len(sites)))
+    install(model, build_layers(sites, settings, [adapter_dtype] * len(sites), freeze_A=freeze_A))
     return report(model, unmatched=_unmatched(settings, sites), skipped=skipped)
 
 
@@ -141,43 +168,53 @@ def merge_adapter(model: nn.Module) -> None:
     Weights are set aside, not overwritten: `unmerge_adapter` restores them bit for bit. Merged layers stay as they are.
 
     Raises:
-        ValueError: the model has no `FusedLoRALinear`, or a merged weight would not be finite; no layer is changed.
+        ValueError: the model has no adapters, or a merged weight would not be finite; no layer is changed.
     """
-    merge_all({site.name: site.module for site in _some_fused(model, "merge_adapter")}, "merge_adapter")
+    merge_all({site.name: site.module for site in _some_mergeable(model, "merge_adapter")}, "merge_adapter")
 
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Undoes `merge_adapter`. Layers that are not merged stay as they are.
 
     Raises:
-        ValueError: the model has no `FusedLoRALinear`.
+        ValueError: the model has no adapters.
     """
-    for site in _some_fused(model, "unmerge_adapter"):
+    for site in _some_mergeable(model, "unmerge_adapter"):
         site.module.unmerge()
 
 
 def build_layers(
-    sites: Sequence[Site], settings: LoraSettings, dtypes: Sequence[torch.dtype | None]
-) -> dict[nn.Module, FusedLoRALinear]:
+    sites: Sequence[Site], settings: LoraSettings, dtypes: Sequence[torch.dtype | None], *, freeze_A: bool = False
+) -> dict[nn.Module, nn.Module]:
     """The layer for each site, not yet in the model. Should one fail, the others' weights are not left frozen."""
     with flags_kept(site.module for site in sites):
-        return {
-            site.module: FusedLoRALinear.from_linear(
-                site.module,
-                settings.rank_of(site.name),
-                lora_alpha=settings.alpha_of(site.name),
-                lora_dropout=settings.lora_dropout,
-                use_rslora=settings.use_rslora,
-                adapter_dtype=dtype,
-            )
-            for site, dtype in zip(sites, dtypes, strict=True)
-        }
+        return {site.module: _build(site, settings, dtype, freeze_A) for site, dtype in zip(sites, dtypes, strict=True)}
 
 
-def install(model: nn.Module, layers: Mapping[nn.Module, FusedLoRALinear]) -> None:
+def _build(site: Site, settings: LoraSettings, dtype: torch.dtype | None, freeze_A: bool) -> nn.Module:
+    layer, r, lora_alpha = site.module, settings.rank_of(site.name), settings.alpha_of(site.name)
+    if is_embedding(layer):
+        return FusedLoRAEmbedding.from_embedding(
+            layer, r, lora_alpha=lora_alpha, use_rslora=settings.use_rslora, adapter_dtype=dtype
+        )
+    return FusedLoRALinear.from_linear(
+        layer,
+        r,
+        lora_alpha=lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        lora_bias=settings.lora_bias,
+        train_bias=settings.train_bias and layer.bias is not None,
+        freeze_A=freeze_A,
+        adapter_dtype=dtype,
+    )
+
+
+def install(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
     """Puts the layers in their places and freezes everything but adapters."""
     put_layers(model, layers)
-    adapters = {id(p) for site in fused_sites(model) for p in (site.module.lora_A, site.module.lora_B)}
+    adapters = {id(p) for site in mergeable_sites(model) for p in site.module.adapter_parameters.values()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
@@ -186,15 +223,13 @@ def install(model: nn.Module, layers: Mapping[nn.Module, FusedLoRALinear]) -> No
 def report(model: nn.Module, *, unmatched: Iterable[str] = (), skipped: Iterable[str] = ()) -> AdapterReport:
     """The state of a model's adapters."""
     layers = tuple(
-        AdaptedLayer(str(site), m.out_features, m.in_features, m.r, m.scaling)
-        for site in fused_sites(model)
-        for m in [site.module]
+        AdaptedLayer(str(site), *sizes(site.module), site.module.r, site.module.scaling) for site in fused_sites(model)
     )
     return AdapterReport(layers, trainable_parameters(model), tuple(unmatched), tuple(skipped))
 
 
-def _some_fused(model: nn.Module, where: str) -> list[Site]:
-    sites = fused_sites(unwrap(model))
+def _some_mergeable(model: nn.Module, where: str) -> list[Site]:
+    sites = mergeable_sites(unwrap(model))
     if not sites:
         raise ValueError(f"{where}: the model has no FusedLoRALinear; add_lora or load_adapter puts them in")
     return sites
