@@ -31,7 +31,8 @@ def backward(grad_y, ids, weight, lora_A, lora_B, scaling, padding_idx, needs):
     if need_a:
         # In at least float32: an index that occurs often is a long sum.
         wide = torch.promote_types(torch.float32, grad_y.dtype)
-        grad_s = torch.mm(grad_y.to(wide), cast(lora_B, grad_y.dtype).to(wide)).mul_(scaling)
+        # B is scaled rather than the product: its roundings average out in the sum.
+        grad_s = torch.mm(grad_y.to(wide), cast(lora_B, grad_y.dtype).to(wide) * scaling)
         grad_a = torch.ops.aten.embedding_dense_backward(grad_s, ids, weight.shape[0], padding_idx, False)
         grad_a = grad_a.t().to(lora_A.dtype, memory_format=torch.contiguous_format)
     if need_b:

@@ -1,0 +1,127 @@
+"""The ops beside `lora_linear` on a GPU at sizes of many tiles: accuracy, determinism, streams, CUDA graphs.
+
+Small awkward shapes are in tests/ops, which runs on the GPU too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.conftest import on_gpu
+from tests.helpers import assert_as_accurate_as_eager, named
+from tests.problems import DoraProblem, EmbeddingProblem, ExpertProblem, GatedProblem, GroupProblem, MlpProblem
+
+pytestmark = pytest.mark.gpu
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = ((F32, F32), (F16, F16), (BF16, BF16), (BF16, F32))
+
+MAKE = {
+    "lora_linear_group": lambda p, **o: GroupProblem(
+        1000, 1032, (2056, 512, 520), ((16,), (8,), (4, 64)), dropout_p=p, **o
+    ),
+    "dora_linear": lambda p, **o: DoraProblem(1000, 1032, 2056, 16, dropout_p=p, **o),
+    "gated_activation": lambda p, **o: GatedProblem((1000, 2056), **_without_adapters(o)),
+    "lora_swiglu_mlp": lambda p, **o: MlpProblem(1000, 1032, 2056, ((16,), (16,), (8,)), dropout_p=p, **o),
+    "lora_embedding": lambda p, **o: EmbeddingProblem(2000, 5003, 1032, 16, **o),
+    "lora_expert_linear": lambda p, **o: ExpertProblem((300, 0, 517, 183), 1032, 2056, 16, dropout_p=p, **o),
+}  # fmt: skip
+WITHOUT_DROPOUT = ("gated_activation", "lora_embedding")
+# (op, backend) pairs; which backends there are is known on the GPU only.
+PAIRS = [pytest.param(op, *p.values, id=f"{op}-{p.id}", marks=p.marks) for op in MAKE for p in on_gpu(op)]
+EVERY = pytest.mark.parametrize(("op", "backend"), PAIRS, indirect=["backend"])
+
+
+def _without_adapters(options: dict) -> dict:
+    return {name: value for name, value in options.items() if name != "adapter_dtype"}
+
+
+def make(op: str, backend, dropout_p: float = 0.0, **options):
+    problem = MAKE[op](dropout_p, device=backend.device, **options)
+    backend.skip_unless_runnable(problem.dispatched())
+    return problem
+
+
+def equal(left, right) -> None:
+    left, right = named(left), named(right)
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@EVERY
+def test_as_accurate_as_eager(op, backend, dropout_p, dtypes):
+    if dropout_p and op in WITHOUT_DROPOUT:
+        pytest.skip(f"{op} has no dropout")
+    problem = make(op, backend, dropout_p, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    assert_as_accurate_as_eager(problem, problem.run())
+
+
+@EVERY
+def test_same_bits_every_time(op, backend):
+    """Another kernel runs beside it: reductions have one order."""
+    problem = make(op, backend, 0.1, dtype=BF16, adapter_dtype=F32)
+    first = problem.run()
+    noise, side = torch.randn(2048, 2048, device=backend.device), torch.cuda.Stream()
+    for _ in range(10):
+        with torch.cuda.stream(side):
+            torch.mm(noise, noise)
+        equal(problem.run(), first)
+
+
+@EVERY
+def test_never_waits_for_the_gpu(op, backend, no_host_sync):
+    if (op, backend.name) == ("lora_expert_linear", "composed"):
+        pytest.skip("composed lets the host read the offsets, as its docstring says")
+    problem = make(op, backend, dtype=BF16, adapter_dtype=F32)
+    problem.run()  # compiling and loading kernels may wait
+    torch.cuda.synchronize()
+    no_host_sync()
+    problem.run()
+
+
+@EVERY
+def test_graph_reads_what_is_there_at_replay(op, backend):
+    """F18, F21: every kernel of the step is in the graph; new values in the captured tensors give their results."""
+    if (op, backend.name) == ("lora_expert_linear", "composed"):
+        pytest.skip("composed lets the host read the offsets, which a capture forbids")
+    problem, other = make(op, backend), make(op, backend, seed=77)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        problem.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = problem.run()
+    with torch.no_grad():
+        for name, tensor in problem.tensors.items():
+            if tensor is not None:
+                tensor.copy_(other.tensors[name])
+        for mine, theirs in zip(_tensors(problem), _tensors(other), strict=True):
+            mine.copy_(theirs)
+    graph.replay()
+    equal(result, other.run())
+
+
+def _tensors(problem) -> list[torch.Tensor]:
+    """What the call takes besides the leaves: indices, and gradients of the outputs."""
+    grads = problem.grad_y if isinstance(problem.grad_y, tuple) else (problem.grad_y,)
+    ids = [problem.ids] if isinstance(problem, EmbeddingProblem) else []
+    return [*ids, *(grad for grad in grads if grad is not None)]
+
+
+@EVERY
+def test_runs_on_the_current_stream(op, backend):
+    """What the default stream overwrites later is not what a side stream, blocked by long work, reads."""
+    problem = make(op, backend)
+    expected = problem.run()
+    torch.cuda.synchronize()
+    side, big = torch.cuda.Stream(), torch.randn(4096, 4096, device=backend.device)
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            big @ big
+        result = problem.run()
+    side.synchronize()
+    equal(result, expected)
