@@ -19,7 +19,7 @@ class Config:
 
 
 _TILE = frozenset(("block", "block_m", "block_n", "block_k", "block_r", "group_m", "unroll", "parts"))
-_HOST_ONLY = frozenset(("programs", "scratch_mib"))
+_HOST_ONLY = frozenset(("programs", "scratch_mib", "splits"))
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,15 @@ class SplitkReduce(Config):
 
 @dataclass(frozen=True)
 class DownProjection(Config):
-    """`block_r` is the widest rank tile: larger ranks are split over programs, each reading x."""
+    """`block_r` is the widest rank tile: larger ranks are split over programs, each reading x. The sum over K is split
+    in up to `splits`, each of which is a partial for a second launch: 1 where the pass is to run under a GEMM."""
 
     block_m: int
     block_k: int
     block_r: int
     num_stages: int
     programs: int
+    splits: int
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ here: no spills, shared memory within the limit, tensor cores, 16-byte copies.""
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from peft_kernels import tuning
-from peft_kernels.kernels.triton import _extended_gemm, _launch, philox_dropout, splitk_reduce
+from peft_kernels.kernels.triton import _extended_gemm, _launch, lora_linear, philox_dropout, splitk_reduce
 from tests.aot.compiling import SHARED_MEMORY, compile_launches, disassemble
 
 if _launch.INTERPRETED:
@@ -22,7 +23,7 @@ if _launch.INTERPRETED:
 from peft_kernels.kernels.triton._down_projection import down_projection
 from peft_kernels.kernels.triton._extended_gemm import extended_gemm
 from peft_kernels.kernels.triton._grad_s_b import grad_s_b
-from peft_kernels.kernels.triton._sum_over_rows import sum_over_rows
+from peft_kernels.kernels.triton._sum_over_rows import partial_sums
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
@@ -58,19 +59,23 @@ FORMS = {
 }
 
 
+def _compiled_for(arch: str, rule) -> bool:
+    """sm_100 has the configurations of sm_90; float32 takes no instructions there that sm_90 has not."""
+    return arch != "sm_100" or rule.dtype != "float32"
+
+
 def _cases() -> Iterator[Case]:
-    """With the mask where a rule serves both, since that takes the most registers; without it too on sm_90."""
+    """With the mask where a rule serves both, since that takes the most registers."""
     for arch in ARCHITECTURES:
         for kernel, forms in FORMS.items():
             for rule, form in itertools.product(tuning.rules(arch, kernel), forms):
                 limits = dict(rule.limits)
                 dtype = getattr(torch, rule.dtype or "bfloat16")
-                for dropout in (False,) if form in ("y", "dS+dB") else (True, False):
+                for dropout in (False,) if form == "y" else (True, False):
                     case = Case(kernel, arch, dtype, dropout, limits.get("m", 8192), limits.get("r", 128), form)
-                    if _chosen(case) == rule.config:
+                    if _compiled_for(arch, rule) and _chosen(case) == rule.config:
                         yield case
-                        if arch != "sm_90" or rule.dtype == "float32":
-                            break
+                        break
 
 
 def _chosen(case: Case):
@@ -98,9 +103,9 @@ def _launch_of(case: Case, n: int = N, k: int = K):
         "S": lambda: down_projection(x, a, *dropout),
         "y": lambda: extended_gemm(x, weight.t(), s, b.t(), 2.0, bias, overlap=True),
         "dX": lambda: extended_gemm(grad_y, weight, s, a, 2.0, None, *dropout, overlap=True),
-        "dS+dB": lambda: grad_s_b(grad_y, s, b),
-        "dA": lambda: sum_over_rows(s, x, 2.0, torch.float32, *dropout, overlap=True),
-        "dB": lambda: sum_over_rows(s, grad_y, 2.0, torch.float32, transposed=True),
+        "dS+dB": lambda: grad_s_b(grad_y, s, b, dropout=case.dropout),
+        "dA": lambda: partial_sums(s, x, *dropout, overlap=True),
+        "dB": lambda: partial_sums(s, grad_y, transposed=True, overlap=True),
     }[case.form]
 
 
@@ -138,7 +143,7 @@ def test_every_rule_of_tuning_is_compiled():
     for arch in ARCHITECTURES:
         for kernel in FORMS:
             compiled = {_chosen(case) for case in CASES if (case.arch, case.kernel) == (arch, kernel)}
-            assert compiled == {rule.config for rule in tuning.rules(arch, kernel)}
+            assert compiled == {rule.config for rule in tuning.rules(arch, kernel) if _compiled_for(arch, rule)}
 
 
 @pytest.mark.parametrize("form", ["S", "y", "dX", "dS+dB", "dA", "dB"])
@@ -146,9 +151,90 @@ def test_every_rule_of_tuning_is_compiled():
 def test_the_usual_rank(monkeypatch, form, dtype):
     kernel = {"y": PERSISTENT, "dX": PERSISTENT, "dB": "sum_over_rows"}.get(form)
     kernel = kernel or next(name for name, forms in FORMS.items() if form in forms)
-    machine = _compiled(monkeypatch, Case(kernel, "sm_90", dtype, False, 8192, 16, form))
+    # Without a mask bfloat16 takes two passes in place of the kernel for dS and dB.
+    machine = _compiled(monkeypatch, Case(kernel, "sm_90", dtype, form == "dS+dB", 8192, 16, form))
     assert machine.local_bytes == 0
     assert machine.tensor_core == ("HMMA" if kernel == "sum_over_rows" else "HGMMA")
+
+
+_EVENTS = re.compile(r"\b(ACQBULK|PREEXIT|LDGSTS|LDG|STG|UTMALDG|UTMASTG|HGMMA|DEPBAR\.LE gsb0, 0x[01])\b")
+
+
+def _events(machine) -> list[str]:
+    """What happens in the order of the machine code; ACQBULK is griddepcontrol.wait, PREEXIT launch_dependents."""
+    return _EVENTS.findall(machine.sass)
+
+
+def _gemm(monkeypatch, form: str, dropout: bool) -> list[str]:
+    return _events(_compiled(monkeypatch, Case(PERSISTENT, "sm_90", BF16, dropout, 8192, 16, form)))
+
+
+@pytest.mark.parametrize("form", ["y", "dX"])
+def test_the_gemm_waits_for_s_after_its_main_loop(monkeypatch, form):
+    """Under programmatic dependent launch x and W are loaded and multiplied before the wait, s, b and the bias are
+    loaded after it; dependents are released after it too, because they rely on it."""
+    events = _gemm(monkeypatch, form, dropout=False)
+    wait = events.index("ACQBULK")
+    before, after = events[:wait], events[wait:]
+    assert events.count("ACQBULK") == 1
+    assert {"UTMALDG", "HGMMA"} <= set(before)
+    assert "DEPBAR.LE gsb0, 0x1" in before, "each product of the main loop waits for its own end"
+    assert not {"LDG", "LDGSTS", "STG", "UTMASTG", "PREEXIT"} & set(before)
+    assert {"LDG", "HGMMA", "UTMASTG", "PREEXIT"} <= set(after)
+    assert "UTMALDG" not in after, "the loads of the next tile wait for the low-rank step"
+
+
+def test_under_dropout_the_gemm_waits_first(monkeypatch):
+    events = _gemm(monkeypatch, "dX", dropout=True)
+    assert events[0] == "ACQBULK"
+    assert events.count("ACQBULK") == 1
+    assert "DEPBAR.LE gsb0, 0x1" in events
+    assert events.index("PREEXIT") > events.index("UTMALDG")
+
+
+def test_passes_beside_the_gemm(monkeypatch):
+    """The pass for S releases its dependents at once and waits for nobody. Those for dA and dB wait at their end."""
+    s = _events(_compiled(monkeypatch, Case("down_projection", "sm_90", BF16, False, 8192, 16, "S")))
+    assert s[0] == "PREEXIT"
+    assert "ACQBULK" not in s
+    for form in ("dA", "dB"):
+        events = _events(_compiled(monkeypatch, Case("sum_over_rows", "sm_90", BF16, False, 8192, 16, form)))
+        assert events[0] == "PREEXIT"
+        assert events[-1] == "ACQBULK"
+
+
+def test_what_runs_beside_the_gemm_fits_beside_it(monkeypatch):
+    """One program of each on a multiprocessor: 228 KiB of shared memory, 1 KiB of each program's for the system, and
+    65536 registers, given to warps in units of 256."""
+    gemm = _compiled(monkeypatch, Case(PERSISTENT, "sm_90", BF16, False, 8192, 16, "y"))
+    for kernel, form, dropout in (
+        ("down_projection", "S", False), ("down_projection", "S", True), ("sum_over_rows", "dA", False),
+        ("sum_over_rows", "dB", False),
+    ):  # fmt: skip
+        other = _compiled(monkeypatch, Case(kernel, "sm_90", BF16, dropout, 8192, 16, form))
+        assert gemm.shared_bytes + other.shared_bytes + 2048 <= 228 << 10, form
+        assert sum(-(-machine.registers // 8) * 8 * 32 * machine.warps for machine in (gemm, other)) <= 1 << 16, form
+
+
+def test_launches_of_a_whole_linear(monkeypatch):
+    """Two forward and four backward, the sums of partials (`splitk_reduce`) not counted, and which may overlap."""
+    launched = []
+    monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(
+        _launch, "launch", lambda kernel, *_, **options: launched.append((kernel.__name__, "launch_pdl" in options))
+    )
+    x, grad_y, weight = (_meta(*shape, dtype=BF16) for shape in ((8192, K), (8192, N), (N, K)))
+    a, b = (_meta(*shape, dtype=F32) for shape in ((16, K), (N, 16)))
+    _, s = lora_linear.forward(x, weight, None, a, b, 2.0, 0.0, None)
+    assert launched == [("_down_projection", False), ("_extended_gemm_persistent", True)]
+    launched.clear()
+    lora_linear.backward(grad_y, x, s, weight, a, b, 2.0, 0.0, None, (True, False, False, True, True))
+    passes = [("_sum_over_rows", True)] * 2
+    assert launched == [("_down_projection", False), ("_extended_gemm_persistent", True), *passes]
+    launched.clear()
+    seed = _meta(1, dtype=torch.int64)
+    lora_linear.backward(grad_y, x, s, weight, a, b, 2.0, 0.1, seed, (True, False, False, True, True))
+    assert launched == [("_grad_s_b", False), ("_extended_gemm_persistent", True), ("_sum_over_rows", True)]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -162,8 +248,7 @@ def test_tf32_uses_tensor_cores(monkeypatch, arch):
 @pytest.mark.parametrize("form", ["S", "dX", "dS+dB", "dA"])
 def test_sizes_that_divide_nothing_compile(monkeypatch, form):
     kernel = next(name for name, forms in FORMS.items() if form in forms)
-    dropout = form != "dS+dB"
-    machine = _compiled(monkeypatch, Case(kernel, "sm_90", BF16, dropout, 8191, 5, form), n=1001, k=1003)
+    machine = _compiled(monkeypatch, Case(kernel, "sm_90", BF16, True, 8191, 5, form), n=1001, k=1003)
     assert machine.shared_bytes <= SHARED_MEMORY["sm_90"]
 
 

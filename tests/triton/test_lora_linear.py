@@ -80,8 +80,7 @@ def _without(monkeypatch, kernel: str) -> None:
     monkeypatch.setattr(tuning, "config", lambda arch, k, *a, **s: None if k == kernel else choose(arch, k, *a, **s))
 
 
-@pytest.mark.parametrize("scaling", [1.5, -0.3, 0.0])
-@pytest.mark.parametrize(("m", "r"), [(300, 3), (600, 16), (140, 96)])
+@pytest.mark.parametrize(("m", "r", "scaling"), [(300, 3, -0.3), (600, 16, 1.5), (140, 96, 1.5), (140, 8, 0.0)])
 def test_low_rank_step_last(m, r, scaling, monkeypatch):
     """The form that bfloat16 takes, here in float16, since the interpreter cannot do bfloat16."""
     from peft_kernels.kernels.triton import _extended_gemm
@@ -144,6 +143,21 @@ def _launches(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(_launch, "launch", record)
     return launched
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_number_of_launches(arch, dropout_p, monkeypatch):
+    """At most two forward and four backward, the sums of partials not counted."""
+    launched = _launches(monkeypatch)
+    problem = LoraProblem(200, 136, 264, 8, dtype=F16, dropout_p=dropout_p)
+    t = problem.tensors
+    y = functional.lora_linear(
+        t["x"], t["weight"].detach(), t["lora_A"], t["lora_B"], scaling=1.5, dropout_p=dropout_p, seed=1
+    )
+    assert len([name for name in launched if name != "splitk_reduce"]) <= 2
+    launched.clear()
+    y.sum().backward()
+    assert len([name for name in launched if name != "splitk_reduce"]) <= 4
 
 
 def test_large_rank():

@@ -59,10 +59,12 @@ def extended_gemm(
     if form == "extended_gemm_persistent":
         kernel, operands = _extended_gemm_persistent, (*descriptors(x, w, config), output_descriptor(out, config))
         grid = min(grid, _launch.multiprocessors(x.device))
+        last = low_rank_last(x.dtype, seed is not None)
         options |= {
             "W_TRANSPOSED": w.stride(0) == 1,
-            "LOW_RANK_LAST": low_rank_last(x.dtype, seed is not None),
-            "ONE_STEP": r <= config.block_r,
+            "LOW_RANK_LAST": last,
+            # Elsewhere the flattened loop loses its pipeline (the step first) or breaks the compiler (sm_100).
+            "FLATTEN": last and r <= config.block_r and _launch.architecture(x.device) == "sm_90",
             **_launch.overlapping(overlap, x.device),
         }
         trailing = (seed,)

@@ -37,17 +37,16 @@ def _extended_gemm_persistent(
     stride_sm, stride_sr, stride_br, stride_bn, stride_bias, groups, threshold, factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, PARTS: tl.constexpr, W_TRANSPOSED: tl.constexpr, LOW_RANK_LAST: tl.constexpr,
-    ONE_STEP: tl.constexpr, OVERLAP: tl.constexpr,
+    FLATTEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As `_extended_gemm_tma`, with a descriptor of out. OVERLAP: launched under programmatic dependent launch, after
-    the kernel that writes s; x, w, b and the bias were complete before that one started."""
+    the kernel that writes s; x, w, b and the bias were complete before that one started. FLATTEN, for R <= BLOCK_R and
+    the step last: the two loops become one, and the loads of the next tile begin before the epilogue of this one."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     programs = tl.num_programs(0)
     if OVERLAP and not LOW_RANK_LAST:
         gdc_wait()
-    # Flattened, the loads of the next tile begin before the epilogue of this one. With the low-rank step first the
-    # compiler fuses the loops too, but no longer pipelines them.
-    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=ONE_STEP and LOW_RANK_LAST):
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
         row, column = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         if LOW_RANK_LAST:
             total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -70,7 +69,7 @@ def _extended_gemm_persistent(
                 gdc_wait()
             total = add_low_rank(
                 total, s, b, row, column, M, N, R, stride_sm, stride_sr, stride_br, stride_bn, factor,
-                BLOCK_M, BLOCK_N, BLOCK_R, ONE_STEP, "ieee",
+                BLOCK_M, BLOCK_N, BLOCK_R, FLATTEN, "ieee",
             )  # fmt: skip
         if OVERLAP and tile + 2 * programs >= tiles:
             gdc_launch_dependents()

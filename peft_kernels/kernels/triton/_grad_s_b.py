@@ -20,14 +20,16 @@ from peft_kernels import tuning
 from peft_kernels.kernels.triton import _launch
 
 
-def grad_s_b(grad_y: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+def grad_s_b(grad_y: Tensor, s: Tensor, b: Tensor, *, dropout: bool = False) -> tuple[Tensor, Tensor] | None:
     """(dY b [M, r] in dY's dtype, dYᵀ s as float32 partials [row blocks, N, r]), or None where two passes are the
     better way. The last launch is the one that writes dY b: the partials are left to the caller to add, later.
 
-    grad_y [M, N], s [M, r], b [N, r] are of one dtype and any strides.
+    grad_y [M, N], s [M, r], b [N, r] are of one dtype and any strides. `dropout`: the GEMM that follows has a mask, so
+    that it cannot hide a pass that makes dS alone.
     """
     (m, n), r = grad_y.shape, b.shape[1]
-    config = tuning.config(_launch.architecture(grad_y.device), "grad_s_b", grad_y.dtype, m=_launch.bucket(m), r=r)
+    arch = _launch.architecture(grad_y.device)
+    config = tuning.config(arch, "grad_s_b", grad_y.dtype, dropout=dropout, m=_launch.bucket(m), r=r)
     if config is None or m == 0 or n == 0:
         return None
     blocks_m = _launch.blocks(m, config.block_m)

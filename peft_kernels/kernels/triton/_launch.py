@@ -91,8 +91,8 @@ def overlapping(wanted: bool, device: torch.device) -> dict[str, bool]:
     """Options of a launch that may start before its predecessor on the stream has ended, where `wanted` and possible.
 
     The kernel runs `gdc_wait` before it reads what the predecessor wrote, before it writes what that one may still
-    read, and in any case before it ends: the launch after it must find both complete. The predecessor was launched in
-    the ordinary way, or waits itself before it lets others start, so that all that came before it is complete.
+    read, and in any case before it ends: the launch after it must find both complete. It may read anything that was
+    complete before the predecessor started; a predecessor launched in the ordinary way started when all before it was.
     """
     overlap = wanted and overlaps(device)
     return {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
@@ -113,7 +113,7 @@ def padded_rank(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def split(size: int, block: int, tiles: int, programs: int) -> tuple[int, int]:
+def split(size: int, block: int, tiles: int, programs: int, most: int = 1 << 30) -> tuple[int, int]:
     """Splits a sum over `size`, which goes in steps of `block`, so that `tiles` times the splits fill the GPU.
 
     Args:
@@ -121,12 +121,13 @@ def split(size: int, block: int, tiles: int, programs: int) -> tuple[int, int]:
         block: how many of it a program takes per step.
         tiles: programs that there are without a split.
         programs: programs that fill the GPU.
+        most: splits that there may be.
 
     Returns:
         (number of splits, length of each: a multiple of `block`); one empty split when `size` is 0.
     """
     steps = blocks(size, block)
-    wanted = min(max(1, programs // max(1, tiles)), max(1, steps))
+    wanted = min(max(1, programs // max(1, tiles)), max(1, steps), most)
     steps_per_split = max(1, blocks(steps, wanted))
     return max(1, blocks(steps, steps_per_split)), steps_per_split * block
 

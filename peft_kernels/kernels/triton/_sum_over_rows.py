@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from peft_kernels import tuning
 from peft_kernels.kernels.reference.philox_dropout import LANES, scale, threshold
@@ -28,14 +28,29 @@ def sum_over_rows(
     seed: Tensor | None = None,
     *,
     transposed: bool = False,
-    overlap: bool = False,
 ) -> Tensor:
     """scaling · lowᵀ drop(x) for low [M, r] and x [M, K] of one dtype and any strides; [r, K] in `dtype`, or its
-    transpose [K, r], contiguous either way.
+    transpose [K, r], contiguous either way."""
+    partials = partial_sums(low, x, dropout_p, seed, transposed=transposed)
+    return torch.ops.peft_kernels.splitk_reduce(partials, scaling * scale(dropout_p), dtype)
+
+
+def partial_sums(
+    low: Tensor,
+    x: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    overlap: bool = False,
+) -> Tensor:
+    """The first stage of `sum_over_rows`: float32 [splits, r, K] or [splits, K, r] that add up to lowᵀ drop(x), without
+    the factor 1 / (1 - p).
 
     Args:
-        overlap: the launch before this one on this stream is an `extended_gemm` that neither wrote `low` nor `x`, and
-            no tensor that it reads was freed since. The pass may then run beside that GEMM's last tiles.
+        overlap: since `low` and `x` were complete, only an `extended_gemm` and calls of this function with `overlap`
+            were launched on this stream, and no tensor that they use was freed since. The pass may then run beside
+            them, in the shared memory that the GEMM leaves and on the multiprocessors where its tiles run out.
     """
     (m, k), r = x.shape, low.shape[1]
     config = tuning.config(_launch.architecture(x.device), "sum_over_rows", x.dtype, dropout=seed is not None, r=r)
@@ -53,7 +68,7 @@ def sum_over_rows(
             PRECISION=_launch.dot_precision(x.dtype), **{**config.options(), "BLOCK_R": block_r},
             **_launch.overlapping(overlap, x.device),
         )  # fmt: skip
-    return torch.ops.peft_kernels.splitk_reduce(partials, scaling * scale(dropout_p), dtype)
+    return partials
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "m_per_split"])
@@ -64,6 +79,8 @@ def _sum_over_rows(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[split] (R K numbers, strides given) = lowᵀ x over this split's rows; x is masked when there is a seed."""
+    if OVERLAP:
+        gdc_launch_dependents()
     pid, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks_r = tl.cdiv(R, BLOCK_R)  # the rank blocks of the same columns run together and share x in L2
     column = pid // blocks_r * BLOCK_K
@@ -96,5 +113,5 @@ def _sum_over_rows(
 
     out_pointers = out + split * K * R + ranks[:, None] * stride_or + columns[None, :] * stride_ok
     tl.store(out_pointers, total, mask=ranks_in[:, None] & columns_in[None, :])
-    if OVERLAP:
-        gdc_wait()
+    if OVERLAP and tl.program_id(0) + tl.program_id(1) == 0:
+        gdc_wait()  # one program sees to it that this kernel does not end before its predecessor

@@ -14,6 +14,7 @@ import torch
 
 from peft_kernels import tuning
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.kernels.reference.philox_dropout import scale
 from peft_kernels.kernels.triton import _launch
 
 
@@ -45,27 +46,29 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
     """Gradients (dx, dW, dbias, dA, dB); None where `needs` says that nobody asked."""
     from peft_kernels.kernels.triton._extended_gemm import extended_gemm
-    from peft_kernels.kernels.triton._sum_over_rows import sum_over_rows
+    from peft_kernels.kernels.triton._sum_over_rows import partial_sums
 
     need_x, need_weight, need_bias, need_a, need_b = needs
-    # `a` lives until the end: dA's pass may run beside the GEMM that reads it, and must not be given its memory.
+    # Both live until the end: the passes for dA and dB may run beside the GEMM, and must not be given what it reads.
     a, b = lora_A.to(grad_y.dtype), lora_B.to(grad_y.dtype)
-    grad_s, partials_b = _grad_s(grad_y, s, b, need_x or need_a, need_b)
-    grad_x = grad_a = grad_b = None
+    grad_s, partials_b = _grad_s(grad_y, s, b, need_x or need_a, need_b, seed is not None)
+    grad_x = partials_a = None
     if need_x:
         grad_x = extended_gemm(grad_y, weight, grad_s, a, scaling, None, dropout_p, seed, overlap=True)
     if need_a:
-        grad_a = sum_over_rows(grad_s, x, scaling, lora_A.dtype, dropout_p, seed, overlap=need_x)
-    if partials_b is not None:
-        grad_b = torch.ops.peft_kernels.splitk_reduce(partials_b, scaling, lora_B.dtype)
-    elif need_b:
-        grad_b = sum_over_rows(s, grad_y, scaling, lora_B.dtype, transposed=True)
+        partials_a = partial_sums(grad_s, x, dropout_p, seed, overlap=need_x)
+    if need_b and partials_b is None:
+        partials_b = partial_sums(s, grad_y, transposed=True, overlap=need_x)
+    # Only now, because each pass that runs beside the GEMM must follow it directly.
+    reduce = torch.ops.peft_kernels.splitk_reduce
+    grad_a = reduce(partials_a, scaling * scale(dropout_p), lora_A.dtype) if need_a else None
+    grad_b = reduce(partials_b, scaling, lora_B.dtype) if need_b else None
     grad_weight = torch.mm(grad_y.t(), x) if need_weight else None
     grad_bias = grad_y.sum(0) if need_bias else None
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 
-def _grad_s(grad_y, s, b, need_s, need_b):
+def _grad_s(grad_y, s, b, need_s, need_b, dropout):
     """dS [M, r], not yet multiplied by scaling, and the partials of dB where one pass over dY serves both, else None.
     The last launch is the one that writes dS."""
     from peft_kernels.kernels.triton._down_projection import down_projection
@@ -73,5 +76,5 @@ def _grad_s(grad_y, s, b, need_s, need_b):
 
     if not need_s:
         return None, None
-    both = grad_s_b(grad_y, s, b) if need_b else None
+    both = grad_s_b(grad_y, s, b, dropout=dropout) if need_b else None
     return both if both is not None else (down_projection(grad_y, b.t()), None)
