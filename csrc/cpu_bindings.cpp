@@ -70,25 +70,26 @@ void philox_dropout_call(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t r
                  threads);
 }
 
-void lora_forward_call(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t x,
-                       int64_t x_stride, uintptr_t y, uintptr_t s, uintptr_t lora_A, int64_t A_stride, uintptr_t lora_B,
-                       int64_t B_stride, double scaling, uintptr_t seed, uint32_t threshold, double scale,
-                       int threads) {
-  lora_forward({m, n, k, r}, {pointer(x), x_stride, dtype}, {pointer(y), n, dtype}, {pointer(s), r, dtype},
-               {pointer(lora_A), A_stride, adapter_dtype}, {pointer(lora_B), B_stride, adapter_dtype}, scaling,
-               dropout(seed, threshold, scale), threads);
+void lora_forward(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t x, int64_t x_stride,
+                  uintptr_t y, uintptr_t s, uintptr_t lora_A, int64_t A_stride, uintptr_t lora_B,
+                  int64_t B_stride, double scaling, uintptr_t seed, uint32_t threshold, double scale, int threads) {
+  const Adapter adapter{r, 0, 0, {pointer(lora_A), A_stride, adapter_dtype}, {pointer(lora_B), B_stride, adapter_dtype},
+                        scaling, dropout(seed, threshold, scale), {}, {}};
+  const Output output{n, {pointer(y), n, dtype}};
+  lora_group_forward({m, k, {pointer(x), x_stride, dtype}, {pointer(s), r, dtype}, nullptr, {adapter}, {output}}, threads);
 }
 
-void lora_backward_call(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t grad_y,
-                        int64_t grad_y_stride, uintptr_t x, int64_t x_stride, uintptr_t s, int64_t s_stride,
-                        uintptr_t lora_A, int64_t A_stride, uintptr_t lora_B, int64_t B_stride, double scaling,
-                        uintptr_t seed, uint32_t threshold, double scale, uintptr_t grad_x, uintptr_t grad_A,
-                        uintptr_t grad_B, int threads) {
-  lora_backward({m, n, k, r}, {pointer(grad_y), grad_y_stride, dtype}, {pointer(x), x_stride, dtype},
-                {pointer(s), s_stride, dtype}, {pointer(lora_A), A_stride, adapter_dtype},
-                {pointer(lora_B), B_stride, adapter_dtype}, scaling, dropout(seed, threshold, scale),
-                {pointer(grad_x), k, dtype}, {pointer(grad_A), k, adapter_dtype}, {pointer(grad_B), r, adapter_dtype},
-                threads);
+void lora_backward(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t grad_y,
+                   int64_t grad_y_stride, uintptr_t x, int64_t x_stride, uintptr_t s, int64_t s_stride,
+                   uintptr_t lora_A, int64_t A_stride, uintptr_t lora_B, int64_t B_stride, double scaling,
+                   uintptr_t seed, uint32_t threshold, double scale, uintptr_t grad_x, uintptr_t grad_A,
+                   uintptr_t grad_B, int threads) {
+  const Adapter adapter{r, 0, 0, {pointer(lora_A), A_stride, adapter_dtype}, {pointer(lora_B), B_stride, adapter_dtype},
+                        scaling, dropout(seed, threshold, scale), {pointer(grad_A), k, adapter_dtype},
+                        {pointer(grad_B), r, adapter_dtype}};
+  const Output output{n, {pointer(grad_y), grad_y_stride, dtype}};
+  lora_group_backward({m, k, {pointer(x), x_stride, dtype}, {pointer(s), s_stride, dtype}, nullptr, {adapter}, {output}},
+                      {pointer(grad_x), k, dtype}, threads);
 }
 
 }  // namespace
@@ -103,6 +104,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("float_from_float16", &float_from_float16);
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("philox_dropout", &philox_dropout_call, unlocked);
-  m.def("lora_forward", &lora_forward_call, unlocked);
-  m.def("lora_backward", &lora_backward_call, unlocked);
+  m.def("lora_forward", &lora_forward, unlocked);
+  m.def("lora_backward", &lora_backward, unlocked);
 }

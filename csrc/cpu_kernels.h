@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace peft_kernels {
 
@@ -12,7 +13,7 @@ struct Dropout {
   double scale;
 };
 
-// A matrix whose columns are adjacent in memory.
+// A matrix whose columns are adjacent in memory; `data` null where there is none.
 struct Matrix {
   void* data;
   int64_t row_stride;
@@ -23,18 +24,37 @@ struct Matrix {
 void philox_dropout(Matrix x, void* out, int64_t rows, int64_t columns, int64_t row_offset, Dropout dropout,
                     int threads);
 
-// The low-rank half of lora_linear over M rows: A [r, K] and B [N, r] in one dtype, everything else in x's dtype.
-struct LoraSizes {
-  int64_t m, n, k, r;
+// One adapter of a group: it adds to output `output`, and its products begin at `column` of s. A [r, K] and B [N, r] in
+// one dtype, as are their gradients.
+struct Adapter {
+  int64_t r, output, column;
+  Matrix lora_A, lora_B;
+  double scaling;
+  Dropout dropout;
+  Matrix grad_A, grad_B;
 };
 
-// s [M, r] = drop(x) Aᵀ, y [M, N] += scaling s Bᵀ, in one pass over x and one over y.
-void lora_forward(LoraSizes sizes, Matrix x, Matrix y, Matrix s, Matrix lora_A, Matrix lora_B, double scaling,
-                  Dropout dropout, int threads);
+// One output that has adapters: y [M, N] in forward, dY in backward.
+struct Output {
+  int64_t n;
+  Matrix y;
+};
 
-// With dS = scaling dY B: grad_x += drop(dS A), grad_A = dSᵀ drop(x), grad_B = scaling dYᵀ s, in one pass over each of
-// dY, x and grad_x. A gradient whose data is null is not computed (nor is its input read). grad_A and grad_B are contiguous.
-void lora_backward(LoraSizes sizes, Matrix grad_y, Matrix x, Matrix s, Matrix lora_A, Matrix lora_B, double scaling,
-                   Dropout dropout, Matrix grad_x, Matrix grad_A, Matrix grad_B, int threads);
+// The low-rank half of lora_linear_group over M rows of x [M, K]. `adapters` ascend by output; s [M, ranks] holds
+// their products drop(x) Aᵀ. Where token_mask [M] is given and 0, the row's products are zero.
+struct Group {
+  int64_t m, k;
+  Matrix x, s;
+  const uint8_t* token_mask;
+  std::vector<Adapter> adapters;
+  std::vector<Output> outputs;
+};
+
+// s = drop(x) Aᵀ, y += sum of scaling s Bᵀ over the output's adapters, in one pass over x and each y.
+void lora_group_forward(const Group& group, int threads);
+
+// With dS = scaling dY B: grad_x += sum of drop(dS A), grad_A = dSᵀ drop(x), grad_B = scaling dYᵀ s, in one pass over each
+// of dY, x and grad_x. A gradient whose data is null is not computed, nor is its input read.
+void lora_group_backward(const Group& group, Matrix grad_x, int threads);
 
 }  // namespace peft_kernels
