@@ -1,4 +1,4 @@
-"""Argument checks shared by the functions of `functional.py`: each raises before anything is computed and says
+"""Argument checks shared by the functions of `functional/`: each raises before anything is computed and says
 which argument it is about, what it got and what it needs."""
 
 from __future__ import annotations
