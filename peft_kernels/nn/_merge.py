@@ -17,12 +17,8 @@ class Mergeable(nn.Module):
     merged ones.
     """
 
+    merged = False  # whether `weight` currently includes the update; a plain flag, which torch.compile guards
     _set_aside: dict[str, nn.Parameter | None]  # by name; empty while nothing is merged
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` currently includes the update."""
-        return bool(self._set_aside)
 
     @property
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -46,12 +42,13 @@ class Mergeable(nn.Module):
         Raises:
             ValueError: a merged value would not be finite; the module is unchanged.
         """
-        if self._set_aside:
+        if self.merged:
             return
         merged = {name: nn.Parameter(value, requires_grad=False) for name, value in self._merged_tensors().items()}
         self._set_aside = {name: getattr(self, name) for name in merged}
         for name, parameter in merged.items():
             setattr(self, name, parameter)
+        self.merged = True
         self._merge_changed()
 
     def unmerge(self) -> None:
@@ -59,6 +56,7 @@ class Mergeable(nn.Module):
         for name, parameter in self._set_aside.items():
             setattr(self, name, parameter)
         self._set_aside = {}
+        self.merged = False
         self._merge_changed()
 
     def _merge_changed(self) -> None:
@@ -66,7 +64,7 @@ class Mergeable(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # What is set aside is no registered parameter, but follows .to(), .half() and the like as one.
-        if not self._set_aside:
+        if not self.merged:
             return super()._apply(fn, recurse)
         hidden = {f"_set_aside_{name}": p for name, p in self._set_aside.items() if p is not None}
         self._parameters.update(hidden)

@@ -147,7 +147,7 @@ class FusedLoRAEmbedding(Mergeable):
         Returns:
             y: [..., embedding_dim] in the weight's dtype.
         """
-        if self._set_aside:
+        if self.merged:
             return F.embedding(input, self.weight, self.padding_idx)
         return lora_embedding(
             input, self.weight, self.lora_embedding_A, self.lora_embedding_B,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_kernels import FusedLoRALinear
+from peft_kernels import FusedLoRAEmbedding, FusedLoRAExperts, FusedLoRAGroup, FusedLoRALinear, FusedLoRASwiGLU
 from tests.helpers import relative_error
 
 
@@ -25,12 +25,43 @@ def rows(m: int) -> Tensor:
     return torch.randn(m, 12, requires_grad=True)
 
 
+def ids(m: int) -> Tensor:
+    return torch.arange(m) % 7
+
+
+def qkv(**options) -> nn.Module:
+    return FusedLoRAGroup.from_linears([nn.Linear(12, n) for n in (16, 4, 4)], (3, None, 2), **options)
+
+
+def mlp(**options) -> nn.Module:
+    return FusedLoRASwiGLU.from_linears(nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12), 3, **options)
+
+
+class Routed(nn.Module):
+    """Experts whose rows are shared out as the batch grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = FusedLoRAExperts(3, 12, 10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = x.shape[0]
+        return self.experts(x, torch.tensor([m // 4, m // 2, m], dtype=torch.int32))
+
+
 MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "plain": (lambda: FusedLoRALinear(12, 10, 3), rows),
     "lora_bias": (lambda: FusedLoRALinear(12, 10, 3, lora_bias=True), rows),
     "trained bias": (lambda: FusedLoRALinear(12, 10, 3, train_bias=True), rows),
     "frozen A": (lambda: FusedLoRALinear(12, 10, 3, freeze_A=True), rows),
     "DoRA": (lambda: FusedLoRALinear(12, 10, 3, use_dora=True), rows),
+    "group": (qkv, rows),
+    "group, trained bias": (lambda: qkv(train_bias=True), rows),
+    "group, DoRA": (lambda: qkv(use_dora=True), rows),
+    "SwiGLU": (mlp, rows),
+    "GeGLU, DoRA": (lambda: mlp(activation="gelu_tanh", use_dora=True), rows),
+    "embedding": (lambda: FusedLoRAEmbedding(7, 12, 3, padding_idx=2), ids),
+    "experts": (Routed, rows),
 }
 
 
@@ -60,3 +91,17 @@ def test_same_in_one_graph(name, training):
             got = outputs_and_gradients(module, compiled, x)
             assert len(got) == len(expected)
             assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain", "DoRA", "group", "SwiGLU", "embedding"])
+def test_merged(name):
+    """Merging is seen by compiled code: a new graph, of plain layers."""
+    torch._dynamo.reset()
+    make, batch = MODULES[name]
+    module, x = disturbed(make()), batch(9)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for change in (lambda: None, module.merge, module.unmerge):
+        change()
+        got, expected = compiled(x), module(x)
+        pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+        assert all(relative_error(a.detach(), b.detach()) < 1e-5 for a, b in pairs)
