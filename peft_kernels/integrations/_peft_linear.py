@@ -83,11 +83,16 @@ class FusedPeftLinear(Linear):
         return "Linear"  # so that repr says `lora.Linear`, as PEFT's
 
 
-def _with_arguments(layer: FusedPeftLinear, x: Tensor, args: tuple, kwargs: dict) -> Any:
-    if args or kwargs.keys() != {"alora_offsets"}:
+def arguments_objection(args: tuple, kwargs: dict) -> str | None:
+    """What a call may not have besides x. Offsets concern activated LoRA; other adapters ignore them."""
+    if args or not kwargs.keys() <= {"alora_offsets"}:
         names = sorted(kwargs) or [f"{len(args)} positional"]
         return f"the call has arguments besides x ({', '.join(names)})"
-    return operands(layer, x, kwargs["alora_offsets"])
+    return None
+
+
+def _with_arguments(layer: FusedPeftLinear, x: Tensor, args: tuple, kwargs: dict) -> Any:
+    return arguments_objection(args, kwargs) or operands(layer, x, kwargs["alora_offsets"])
 
 
 def record(layer: Any, reason: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from torch.nn.parameter import Parameter
@@ -15,6 +16,8 @@ from peft_kernels.checks import MAX_RANK
 BASES = (nn.Linear, Conv1D)
 DROPOUTS = (nn.Identity, nn.Dropout)
 PLAIN = frozenset((Tensor, Parameter))
+
+in_transform = torch._C._are_functorch_transforms_active
 
 
 def surroundings_objection(layer: Any) -> str:

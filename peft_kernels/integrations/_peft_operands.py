@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant, MiCALinearVariant
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels import functional
@@ -29,7 +28,9 @@ from peft_kernels.integrations._peft_objections import (
     BASES,
     DROPOUTS,
     PLAIN,
+    has_global_hook,
     hook_objection,
+    in_transform,
     input_objection,
     surroundings_objection,
     tensor_objection,
@@ -40,8 +41,6 @@ from peft_kernels.integrations._peft_objections import (
 # layers, parametrised ones and those that FSDP2 wraps one by one are subclasses.
 _FUSIBLE = frozenset(itertools.product(BASES, (nn.Linear,), (nn.Linear,), DROPOUTS))
 _PLAIN_TRIPLES = frozenset(itertools.product(PLAIN, repeat=3))
-
-in_transform = torch._C._are_functorch_transforms_active
 
 DISABLED = "the adapters are disabled"
 MERGED = "the adapter is merged into the base weight"

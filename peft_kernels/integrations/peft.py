@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_kernels import parity
+from peft_kernels.integrations._peft_embedding import FusedPeftEmbedding, base_objection, embedding_operands
 from peft_kernels.integrations._peft_groups import form
 from peft_kernels.integrations._peft_linear import FusedPeftLinear, Site
 from peft_kernels.integrations._peft_objections import BASES, full_name, type_objection
@@ -27,6 +28,9 @@ from peft_kernels.integrations._peft_operands import operands
 from peft_kernels.integrations.report import Calls, Report, Row
 
 logger = logging.getLogger("peft_kernels")
+
+FUSED: dict[type, Any] = {Linear: FusedPeftLinear, Embedding: FusedPeftEmbedding}
+PLAIN: dict[type, Any] = {fused: plain for plain, fused in FUSED.items()}
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Report:
@@ -49,8 +53,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
         calls.fallbacks[reason] = Counter()
     for name, layer in layers.items():
         if _lasting_objection(layer) is None:
-            if type(layer) is Linear:
-                layer.__class__ = FusedPeftLinear
+            if type(layer) in FUSED:
+                layer.__class__ = FUSED[type(layer)]
             layer._peft_kernels = Site(name, calls)
             layer.__dict__.pop("_peft_kernels_place", None)
     blocks = form(model, FusedPeftLinear, calls) if groups else ()
@@ -60,21 +64,22 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
 def restore(model: nn.Module) -> int:
     """See `peft_kernels.restore`."""
     found = _tuner_layers(model, "restore")
-    layers: dict[str, Any] = {n: layer for n, layer in found.items() if isinstance(layer, FusedPeftLinear)}
+    layers: dict[str, Any] = {n: layer for n, layer in found.items() if isinstance(layer, tuple(PLAIN))}
     for name, layer in layers.items():
-        if type(layer) is not FusedPeftLinear:
+        if type(layer) not in PLAIN:
             raise RuntimeError(
                 f"restore: {name} has become a {full_name(layer)} since; restore before fully_shard or the like. "
                 "The model is unchanged"
             )
     for layer in layers.values():
-        layer.__class__ = Linear
+        fused, plain = type(layer), PLAIN[type(layer)]
+        layer.__class__ = plain
         for name in ("_peft_kernels", "_peft_kernels_place", "_peft_kernels_norms"):
             layer.__dict__.pop(name, None)
         # accelerate's hooks keep the method that they replaced.
         old = layer.__dict__.get("_old_forward")
-        if getattr(old, "__func__", None) is FusedPeftLinear.forward:
-            layer._old_forward = types.MethodType(Linear.forward, layer)
+        if getattr(old, "__func__", None) is fused.forward:
+            layer._old_forward = types.MethodType(plain.forward, layer)
     return len(layers)
 
 
@@ -86,13 +91,17 @@ def _tuner_layers(model: nn.Module, who: str) -> dict[str, Any]:
 
 def _lasting_objection(layer: Any) -> str | None:
     """Why a layer can never be fused, whatever its state."""
-    if not isinstance(layer, FusedPeftLinear):  # also of the subclass that FSDP2 makes of it
-        if type(layer) is not Linear:
+    if not isinstance(layer, tuple(PLAIN)):  # also of the subclass that FSDP2 makes of it
+        if type(layer) not in FUSED:
             name = full_name(layer).removeprefix("peft.tuners.")
+            if isinstance(layer, ParamWrapper):
+                return f"the layer is a {name} (target_parameters), whose module reads W + s B A itself"
             when = "; call accelerate before fully_shard" if _is_fsdp(layer) else ""
-            return f"the layer is a {name}, not exactly PEFT's lora.Linear{when}"
+            return f"the layer is a {name}, not exactly PEFT's lora.Linear or lora.Embedding{when}"
         if "forward" in layer.__dict__:
             return "the forward of the layer is replaced; call accelerate before whatever replaces it"
+    if isinstance(layer, Embedding):
+        return base_objection(layer.base_layer)
     if type(layer.base_layer) not in BASES:
         return type_objection(layer.base_layer, None, None, None)
     return None
@@ -102,7 +111,7 @@ def _objection(layer: Any, sharded: bool) -> str | None:
     """Why a layer would not run fused as it is now."""
     reason = _lasting_objection(layer)
     if reason is None:
-        found = operands(layer, None)
+        found = embedding_operands(layer, None) if isinstance(layer, Embedding) else operands(layer, None)
         reason = found if isinstance(found, str) else None
     if sharded and reason is not None and "DTensor" in reason:
         return None  # FSDP2 gathers it into a plain tensor before the layer is called
@@ -118,7 +127,7 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 
 def _accelerated(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if type(module) is FusedPeftLinear}
+    return {name: module for name, module in model.named_modules() if type(module) in PLAIN}
 
 
 def _fallen_back(layers: dict[str, Any]) -> dict[str, int]:
@@ -131,12 +140,12 @@ def _fallen_back(layers: dict[str, Any]) -> dict[str, int]:
 @contextmanager
 def _plain(layers: dict[str, Any]) -> Iterator[None]:
     for layer in layers.values():
-        layer.__class__ = Linear
+        layer.__class__ = PLAIN[type(layer)]
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.__class__ = FusedPeftLinear
+            layer.__class__ = FUSED[type(layer)]
 
 
 parity.FAMILIES.append(parity.Family(_accelerated, _plain, _fallen_back))

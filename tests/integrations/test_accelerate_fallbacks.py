@@ -444,13 +444,41 @@ def test_other_lora_layers_keep_their_class():
     model = adapted(Embedded(), target_modules=["embedding", "first", "attention"])
     stock = models.twin(model)
     report = accelerate(model)
-    assert report.fused == 1
+    assert report.fused == 2
     reasons = " ".join(report.reasons)
-    assert "lora.layer.Embedding" in reasons
     assert "lora.layer.MultiheadAttention" in reasons
     assert "NonDynamicallyQuantizableLinear" in reasons
     ids = torch.arange(6).view(3, 2)
     torch.testing.assert_close(model(ids), stock(ids))
+
+
+def test_lora_on_parameters_runs_pefts_code(fused):
+    """The experts' forward reads its weights itself, where PEFT has put W + s B A in their place."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 8, 24))
+
+        def forward(self, x):
+            return torch.einsum("bk,enk->bn", x, self.weight)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts, self.first = Experts(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.first(self.experts(x))
+
+    model = adapted(Both(), target_modules=["first"], target_parameters=["experts.weight"])
+    stock = models.twin(model)
+    report = accelerate(model)
+    assert list(report.reasons) == [
+        "the layer is a lora.layer.ParamWrapper (target_parameters), whose module reads W + s B A itself"
+    ]
+    models.assert_close(model, stock, features())
+    assert fused() == 1
 
 
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
@@ -468,7 +496,7 @@ def test_bitsandbytes_layers_run_pefts_code(kind, fused):
     stock = models.twin(model)
     report = accelerate(model)
     assert report.reasons == {
-        f"the layer is a lora.bnb.{kind}, not exactly PEFT's lora.Linear": ["base_model.model.first"]
+        f"the layer is a lora.bnb.{kind}, not exactly PEFT's lora.Linear or lora.Embedding": ["base_model.model.first"]
     }
     x = features(5, 64)
     torch.testing.assert_close(model(x), stock(x))
