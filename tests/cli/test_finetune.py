@@ -86,6 +86,19 @@ def test_causal_lm_learns_completions_beside_peft(tmp_path, decoder, completions
     assert config["task_type"] == "CAUSAL_LM"
 
 
+def test_dora_agrees_with_peft_and_is_saved_for_it(tmp_path, encoder, pairs):
+    arguments = ["--model", encoder, "--data", pairs, "--method", "dora", "--compare"]
+    code, figures = finetune(tmp_path, *arguments, steps=20)
+    assert code == 0
+    assert figures["method"] == "dora"
+    assert figures["relative_loss_difference"] < 1e-4
+    assert figures["losses"][-1] < 0.9 * figures["losses"][0]
+    plain = finetune(tmp_path / "lora", "--model", encoder, "--data", pairs, steps=20)[1]
+    assert figures["losses"][-1] != plain["losses"][-1]
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["use_dora"] is True
+
+
 def test_the_same_seed_gives_the_same_losses_and_another_one_does_not(tmp_path, encoder, pairs):
     arguments = ["--model", encoder, "--data", pairs, "--lora-dropout", "0.2"]
     first = finetune(tmp_path, *arguments, "--seed", 3)[1]["losses"]

@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "--steps", positive_int, 100, "number of steps")
     _add(training, "--batch-size", positive_int, 64, "examples per step")
     _add(training, "--lr", positive_float, 1e-3, "learning rate of AdamW")
+    methods = ("lora", "dora")
+    training.add_argument("--method", choices=methods, default="lora", help="kind of adapters (default: %(default)s)")
     _add(training, "--r", rank, 16, "rank of the adapters")
     _add(training, "--lora-alpha", positive_float, 32.0, "the update is scaled by lora_alpha / r")
     _add(training, "--lora-dropout", probability, 0.0, "dropout before the adapters; the base model's own is off")

@@ -20,6 +20,7 @@ from peft_kernels.cli.finetune.model import add_peft_beside, choose_targets, cop
 from peft_kernels.cli.finetune.plot import save_plot
 from peft_kernels.cli.finetune.training import Lane, draw_batches, train
 
+METHODS = {"lora": "LoRA", "dora": "DoRA"}
 ADAPTER, PLOT = "adapter", "training.png"
 
 
@@ -86,6 +87,7 @@ def build_lanes(options: argparse.Namespace, device: torch.device) -> list[Lane]
         "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout,
         "target_modules": targets,
+        "use_dora": options.method == "dora",
     }
     theirs = add_peft_beside(model, settings) if options.compare else None
     torch.manual_seed(options.seed)
@@ -133,13 +135,14 @@ def _save(options: argparse.Namespace, lanes: Sequence[Lane], data: Split, outpu
         "held_out_examples": len(data.held_out),
         "data": data.source,
         "device": str(ours.task.device),
+        "method": options.method,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "seed": options.seed,
     }
     figures = report.build(lanes, backends, facts)
     config: Any = ours.model.config
-    title = f"{config.model_type}, LoRA r={options.r}: {data.source}"
+    title = f"{config.model_type}, {METHODS[options.method]} r={options.r}: {data.source}"
     save_plot(output / PLOT, lanes, ours.task.metrics[0], title)
     if options.json:
         report.write_json(Path(options.json), figures)

@@ -140,3 +140,5 @@ def copy_adapters(ours: nn.Module, peft_model: Any) -> None:
         twin = peft_model.base_model.model.get_submodule(name)
         twin.lora_A["default"].weight.copy_(layer.lora_A)
         twin.lora_B["default"].weight.copy_(layer.lora_B)
+        if layer.lora_magnitude_vector is not None:
+            twin.lora_magnitude_vector["default"].weight.copy_(layer.lora_magnitude_vector)
