@@ -123,6 +123,8 @@ CONFIGS: dict[str, type[Config]] = {
     "gated_activation": GatedActivation,
     "grad_scale": GradScale,
     "dora_weight_norm": DoraWeightNorm,
+    "product": ExtendedGemm,
+    "product_tma": ExtendedGemm,
     "philox_dropout": PhiloxDropout,
     "splitk_reduce": SplitkReduce,
     "down_projection": DownProjection,
