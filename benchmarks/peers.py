@@ -11,19 +11,21 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft_kernels
-from benchmarks.problems import FORWARD, Spec, Tensors
+from benchmarks.problems import FORWARD, Case, Spec, Tensors
 from benchmarks.timing import Context, Step
 from peft_kernels import dispatch, functional
 from peft_kernels.ops.philox_dropout import new_seed
 
 Reason = Callable[[Spec], "str | None"]
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,16 @@ class Layer:
         drop_mask: consumes random numbers as one forward does and returns the mask that this forward would use (0 or
             1/(1-p) for each element of x); None where the peer does not tell.
         frozen: parameters without gradients.
+        checked: what the gate calls instead of `call`, where that one draws a dropout mask that nobody can know.
     """
 
-    call: Callable[[Tensor], Tensor]
+    call: Callable[[Tensor], Outputs]
     leaves: dict[str, Tensor]
-    grad_y: Tensor
+    grad_y: Outputs
     context: Context = contextlib.nullcontext
     drop_mask: Callable[[], Tensor] | None = None
     frozen: tuple[Tensor, ...] = ()
+    checked: Callable[[Tensor], Outputs] | None = None
 
     def parameters(self) -> list[Tensor]:
         """W, A and B: what is there anyway, whatever a layer keeps for backward."""
@@ -57,11 +61,12 @@ class Layer:
             return lambda: call(x)
         return lambda: torch.autograd.grad(call(x), wanted, grad_y)
 
-    def result(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def result(self) -> tuple[Outputs, dict[str, Tensor]]:
         with self.context():
-            y = self.call(self.leaves["x"])
+            y = (self.checked or self.call)(self.leaves["x"])
             grads = torch.autograd.grad(y, list(self.leaves.values()), self.grad_y)
-        return y.detach(), dict(zip(self.leaves, grads, strict=True))
+        found = y.detach() if isinstance(y, Tensor) else tuple(part.detach() for part in y)
+        return found, dict(zip(self.leaves, grads, strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Peer:
 
     Attributes:
         name: what tables call it.
-        build: makes its layer from a problem's tensors.
+        build: makes its layer from a problem: `Tensors` of `lora_linear`, a `Case` of other ops.
         unavailable: why it cannot run this problem here, or None.
         backend: ours only: the implementation's folder under `kernels/`, or "auto" for what dispatch takes.
         accuracy: how many times eager PyTorch's own error its result may have. 1.2 is this library's contract; other
@@ -80,7 +85,7 @@ class Peer:
     """
 
     name: str
-    build: Callable[[Tensors], Layer]
+    build: Callable[[Any], Layer]
     unavailable: Reason = field(default=lambda spec: None)
     backend: str | None = None
     accuracy: float = 2.0
@@ -88,7 +93,22 @@ class Peer:
     patches: bool = False
 
     def layer(self, spec: Spec, seed: int = 1) -> Layer:
-        return self.build(spec.draw(seed, zero_B=self.frozen))
+        return self.build(self.problem(spec, seed))
+
+    def problem(self, spec: Spec, seed: int = 1) -> Any:
+        """The problem that its layer solves."""
+        if spec.op == "lora_linear":
+            return spec.draw(seed, zero_B=self.frozen)
+        return without_adapters(spec.case(seed)) if self.frozen else spec.case(seed)
+
+
+def without_adapters(case: Case) -> Case:
+    """The same problem with B = 0 and, of DoRA, the magnitude of W: the frozen layer's."""
+    tensors = {name: torch.zeros_like(t) if name.startswith("lora_B") else t for name, t in case.tensors.items()}
+    if "magnitude" in tensors:
+        norm = tensors["weight"].float().norm(dim=1)
+        tensors["magnitude"] = norm.to(tensors["magnitude"].dtype)
+    return replace(case, tensors=tensors)
 
 
 def _lora_leaves(problem: Tensors) -> dict[str, Tensor]:
@@ -126,27 +146,18 @@ def _philox_mask(x: Tensor, p: float) -> Tensor:
 def _objection(backend: str, spec: Spec) -> str | None:
     if backend not in dispatch.ORDER["lora_linear"]:
         return f"lora_linear has no {backend} implementation"
-    return dispatch.objection("lora_linear", backend, _dispatch_problem(spec), forced=True)
-
-
-def _dispatch_problem(spec: Spec):
-    index = torch.cuda.current_device() if spec.device == "cuda" else None
-    bucket = 1 << (spec.m - 1).bit_length()
-    problem = importlib.import_module("peft_kernels.ops.lora_linear").Problem
-    return problem(
-        spec.device, index, spec.dtype, spec.adapter_dtype, bucket, spec.n, spec.k, spec.r, spec.dropout_p > 0
-    )
+    return dispatch.objection("lora_linear", backend, spec.dispatched(), forced=True)
 
 
 def chosen_backend(spec: Spec) -> dispatch.Choice:
     """What dispatch takes for this problem, and why."""
-    return dispatch.choose("lora_linear", _dispatch_problem(spec))
+    return dispatch.choose(spec.op, spec.dispatched())
 
 
 # Hugging Face PEFT ------------------------------------------------------------------------------------------------
 
 
-def _installed(module: str) -> Reason:
+def installed(module: str) -> Reason:
     return lambda spec: None if importlib.util.find_spec(module) else f"{module} is not installed"
 
 
@@ -192,7 +203,7 @@ def _peft(problem: Tensors, *, autocast: bool = False) -> Layer:
 def _peft_autocast_reason(spec: Spec) -> str | None:
     if spec.dtype == spec.adapter_dtype:
         return "autocast changes nothing where adapters have the base's dtype"
-    return _installed("peft")(spec)
+    return installed("peft")(spec)
 
 
 def _call_layer(layer: nn.Module, x: Tensor) -> Tensor:
@@ -200,21 +211,21 @@ def _call_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _compiled_call() -> Callable[[nn.Module, Tensor], Tensor]:
+def compiled_call() -> Callable[[nn.Module, Tensor], Tensor]:
     # fullgraph makes running out of recompilations an error; without it the peer would be timed in eager mode.
     return torch.compile(_call_layer, fullgraph=True, dynamic=False)
 
 
 def _peft_compiled(problem: Tensors) -> Layer:
     model, leaves = _peft_model(problem)
-    call = functools.partial(_compiled_call(), model[0])
+    call = functools.partial(compiled_call(), model[0])
     return Layer(call, leaves, problem.grad_y, frozen=(problem.tensors["weight"],))
 
 
-def _peft_compiled_reason(spec: Spec) -> str | None:
+def compiled_reason(spec: Spec) -> str | None:
     if spec.device == "cpu" and spec.m < 512:
         return "compiled on a GPU and for the larger CPU shapes only, to bound the time that compiling takes"
-    return _installed("peft")(spec)
+    return installed("peft")(spec)
 
 
 def _accelerated(problem: Tensors) -> Layer:
@@ -224,10 +235,10 @@ def _accelerated(problem: Tensors) -> Layer:
     return Layer(model[0], leaves, problem.grad_y, drop_mask=mask, frozen=(problem.tensors["weight"],))
 
 
-def _accelerated_reason(spec: Spec) -> str | None:
+def accelerated_reason(spec: Spec) -> str | None:
     if not hasattr(peft_kernels, "accelerate"):
         return "this version has no peft_kernels.accelerate"
-    return _installed("peft")(spec)
+    return installed("peft")(spec)
 
 
 # Others -----------------------------------------------------------------------------------------------------------
@@ -251,12 +262,12 @@ def _unsloth(problem: Tensors) -> Layer:
     return Layer(call, leaves, problem.grad_y, frozen=(weight,))
 
 
-def _unsloth_reason(spec: Spec) -> str | None:
+def unsloth_reason(spec: Spec) -> str | None:
     if spec.device != "cuda":
         return "Unsloth needs a GPU"
     if spec.dropout_p:
         return "Unsloth's fast path needs lora_dropout = 0"
-    return _installed("unsloth")(spec)
+    return installed("unsloth")(spec)
 
 
 def _lorafusion(problem: Tensors) -> Layer:
@@ -285,11 +296,11 @@ def _lorafusion_reason(spec: Spec) -> str | None:
         return "LoRAFusion needs adapters of the base's dtype"
     if spec.r & (spec.r - 1):
         return "LoRAFusion needs a rank that is a power of two"
-    return _installed("lorafusion")(spec)
+    return installed("lorafusion")(spec)
 
 
 FROZEN = Peer("frozen", _frozen, frozen=True)
-PEFT = Peer("peft", _peft, _installed("peft"))
+PEFT = Peer("peft", _peft, installed("peft"))
 AUTO = Peer("ours (auto)", functools.partial(_ours, None), backend="auto", accuracy=1.2)
 
 
@@ -304,11 +315,11 @@ PEERS = (
     FROZEN,
     PEFT,
     Peer("peft autocast", functools.partial(_peft, autocast=True), _peft_autocast_reason),
-    Peer("peft compiled", _peft_compiled, _peft_compiled_reason),
+    Peer("peft compiled", _peft_compiled, compiled_reason),
     AUTO,
     *map(_backend_peer, ("composed", "triton", "cuda", "cpu", "reference")),
-    Peer("peft accelerated", _accelerated, _accelerated_reason, backend="auto", accuracy=1.2),
-    Peer("unsloth", _unsloth, _unsloth_reason, patches=True),
+    Peer("peft accelerated", _accelerated, accelerated_reason, backend="auto", accuracy=1.2),
+    Peer("unsloth", _unsloth, unsloth_reason, patches=True),
     Peer("lorafusion", _lorafusion, _lorafusion_reason, patches=True),
 )
 

@@ -1,20 +1,25 @@
-"""The problems that `lora_linear` is measured on, and the least work that each can be done with."""
+"""The problems that are measured, and the least work that each can be done with."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from peft_kernels.problems import BUILDERS, Case, Draw, Shape
+from peft_kernels.tuning.points import FORWARD, FORWARD_BACKWARD, MODES
 from tests.helpers import LoraProblem
 
-FORWARD = "forward"
-FORWARD_BACKWARD = "forward+backward"
-MODES = (FORWARD, FORWARD_BACKWARD)
+__all__ = [
+    "FORWARD", "FORWARD_BACKWARD", "MODES", "SCALING", "Case", "Ceilings", "Spec", "Tensors", "block_specs",
+    "cpu_specs", "gpu_specs", "specs", "sweep_specs",
+]  # fmt: skip
 
 SCALING = 2.0
+SHORT_NAMES = {"dora_linear": "dora", "lora_linear_group": "qkv", "lora_swiglu_mlp": "mlp"}
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
@@ -57,7 +62,10 @@ class Tensors(LoraProblem):
 
 @dataclass(frozen=True)
 class Spec:
-    """One problem: M tokens, K in_features, N out_features, rank, dtypes, dropout probability and CPU threads."""
+    """One problem: M tokens, K in_features, N out_features, rank, dtypes, dropout probability and CPU threads.
+
+    Of `lora_linear_group` N is the width of q, k and v are N/4 wide; of `lora_swiglu_mlp` it is the width inside.
+    """
 
     m: int
     k: int
@@ -68,14 +76,25 @@ class Spec:
     dropout_p: float = 0.0
     device: str = "cpu"
     threads: int | None = None
+    op: str = "lora_linear"
 
     @property
     def label(self) -> str:
         dtypes = f"{DTYPE_NAMES[self.dtype]}-{DTYPE_NAMES[self.adapter_dtype]}"
-        return f"M{self.m}-K{self.k}-N{self.n}-r{self.r}-{dtypes}-p{self.dropout_p:g}"
+        name = f"M{self.m}-K{self.k}-N{self.n}-r{self.r}-{dtypes}-p{self.dropout_p:g}"
+        return name if self.op == "lora_linear" else f"{SHORT_NAMES[self.op]}-{name}"
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """(in_features, out_features) of each linear layer."""
+        if self.op == "lora_linear_group":
+            return ((self.k, self.n), (self.k, self.n // 4), (self.k, self.n // 4))
+        if self.op == "lora_swiglu_mlp":
+            return ((self.k, self.n), (self.k, self.n), (self.n, self.k))
+        return ((self.k, self.n),)
 
     def draw(self, seed: int = 1, *, zero_B: bool = False) -> Tensors:
-        """Tensors of this problem; `zero_B` makes it the frozen layer's."""
+        """Tensors of this problem of `lora_linear`; `zero_B` makes it the frozen layer's."""
         problem = Tensors(
             m=self.m, k=self.k, n=self.n, r=self.r, dtype=self.dtype, adapter_dtype=self.adapter_dtype, bias=False,
             scaling=SCALING, dropout_p=self.dropout_p, seed=seed, device=self.device,
@@ -84,12 +103,24 @@ class Spec:
             problem.tensors["lora_B"].detach().zero_()
         return problem
 
+    def case(self, seed: int = 1, *, device: str | None = None) -> Case:
+        """The problem of any op, without biases."""
+        shape = Shape((self.m,), self.n, self.k, self.r, self.dtype, self.adapter_dtype, self.dropout_p)
+        return BUILDERS[self.op](shape, Draw(device or self.device, seed)).without("bias")
+
+    def dispatched(self) -> Any:
+        """What dispatch chooses by."""
+        index = torch.cuda.current_device() if self.device == "cuda" else None
+        return self.case(device="meta").problem._replace(device=self.device, device_index=index)
+
     def without_dropout(self) -> Spec:
         return replace(self, dropout_p=0.0)
 
     def flop(self, mode: str) -> int:
-        """Floating-point operations that any implementation needs (dW is not wanted)."""
-        base, down, up = 2 * self.m * self.n * self.k, 2 * self.m * self.r * self.k, 2 * self.m * self.r * self.n
+        """Floating-point operations that any implementation needs (dW is not wanted), element-wise ones left out."""
+        base = sum(2 * self.m * k * n for k, n in self.layers)
+        down = sum(2 * self.m * self.r * k for k, _ in self.layers)
+        up = sum(2 * self.m * self.r * n for _, n in self.layers)
         forward = base + down + up
         # dx = dY W + dS A; dS = dY B; dA = dSᵀ x; dB = dYᵀ S.
         return forward if mode == FORWARD else forward + base + 2 * down + 2 * up
@@ -97,11 +128,12 @@ class Spec:
     def bytes(self, mode: str) -> int:
         """Bytes that must move, each tensor read or written once a direction; S stays in cache."""
         size, adapter_size = self.dtype.itemsize, self.adapter_dtype.itemsize
-        adapters = self.r * (self.k + self.n) * adapter_size
-        x, y, weight = self.m * self.k * size, self.m * self.n * size, self.n * self.k * size
-        forward = x + weight + y + adapters
-        # Backward reads dY, W, x, A, B and writes dx, dA, dB.
-        return forward if mode == FORWARD else forward + y + weight + 2 * x + 2 * adapters
+        adapters = sum(self.r * (k + n) * adapter_size for k, n in self.layers)
+        weights = sum(k * n * size for k, n in self.layers)
+        x, outputs = self.m * self.k * size, sum(self.m * n * size for _, n in self.layers)
+        forward = x + weights + outputs + adapters
+        # Backward reads every dY or, inside an MLP, gate and up; W, x, A, B; it writes dx, dA, dB.
+        return forward if mode == FORWARD else forward + outputs + weights + 2 * x + 2 * adapters
 
     def floor(self, mode: str, ceilings: Ceilings) -> float:
         """Seconds below which no implementation gets: max(FLOP / rate, bytes / bandwidth)."""
@@ -144,6 +176,30 @@ def gpu_specs() -> list[Spec]:
         if not (m <= 16 and p)
     ]
     return main + others
+
+
+def block_specs(op: str) -> list[Spec]:
+    """Problems of `dora_linear`, `lora_linear_group` and `lora_swiglu_mlp` that this machine can measure."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    inside = {"lora_swiglu_mlp": (2752, 14336)}.get(op, (1024, 4096))
+    if torch.cuda.is_available():
+        variants = ((bf16, 0.0), (fp32, 0.0), (fp32, 0.05))
+        return [Spec(8192, 4096, inside[1], 16, bf16, adapter, p, "cuda", op=op) for adapter, p in variants]
+    return [Spec(512, 1024, inside[0], 16, dropout_p=p, threads=2, op=op) for p in (0.0, 0.05)]
+
+
+ROWS = (1, 4, 16, 64, 256, 512, 1024, 4096)
+RANKS = (4, 8, 16, 32, 64)
+
+
+def sweep_specs() -> list[Spec]:
+    """`lora_linear` over M at r = 16, and over r at M = 512 (GPU: 8192), for the charts of the overhead."""
+    if torch.cuda.is_available():
+        make = functools.partial(Spec, dtype=torch.bfloat16, adapter_dtype=torch.bfloat16, device="cuda")
+        rows, ranks, width, m = (*ROWS, 8192, 16384), (*RANKS, 128, 256), 4096, 8192
+    else:
+        make, rows, ranks, width, m = functools.partial(Spec, threads=2), ROWS, RANKS, 1024, 512
+    return [make(rows_, width, width, 16) for rows_ in rows] + [make(m, width, width, r) for r in ranks if r != 16]
 
 
 def specs() -> list[Spec]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,33 +11,31 @@ from pathlib import Path
 
 import torch
 
+from peft_kernels.tuning import provenance
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "unsloth", "lorafusion")
 
 
+# Ops that have no kernels of their own besides.
+MADE_OF = {"lora_swiglu_mlp": ("lora_linear", "lora_linear_group", "gated_activation")}
+
+
 def sources(op: str, backend: str, root: Path = ROOT) -> list[Path]:
     """The files whose change makes a measurement of `op` by `backend` stale: the op, its kernels with what they share,
-    and the tuning tables."""
+    the tuning tables, and the same of ops that it is made of."""
     package = root / "peft_kernels"
-    kernels = package / "kernels" / backend
-    patterns = [
-        (package / "ops", f"{op}.py"),
-        (kernels, f"{op}*.py"),
-        (kernels, "_*.py"),
-        (package / "tuning", "*.json"),
-    ]
+    names = (op, *MADE_OF.get(op, ()))
+    found = {path for name in names for path in provenance.sources(name, (backend,), package)}
+    patterns = [(package / "tuning", "*.json")]
     if backend in ("cuda", "cpu"):
-        patterns += [(root / "csrc", pattern) for pattern in (f"**/{op}*", "**/*.h", "**/*.cuh")]
-    return sorted({path for folder, pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+        patterns += [(root / "csrc", pattern) for name in names for pattern in (f"**/{name}*", "**/*.h", "**/*.cuh")]
+    return sorted(found | {path for folder, pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def digest(op: str, backend: str, root: Path = ROOT) -> str:
     """The first 16 hex digits of the SHA-256 over the names and contents of `sources`."""
-    sha = hashlib.sha256()
-    for path in sources(op, backend, root):
-        sha.update(path.relative_to(root).as_posix().encode())
-        sha.update(path.read_bytes())
-    return sha.hexdigest()[:16]
+    return provenance.digest(sources(op, backend, root), root)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ the implementations with it, `tuning.search` measures them on the same problems.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -61,6 +61,11 @@ class Case:
         """As `call`, each output by itself."""
         ys = getattr(functional, self.op)(**nested(tensors), **self.options)
         return (ys,) if isinstance(ys, Tensor) else tuple(ys)
+
+    def without(self, *names: str, **options: object) -> Case:
+        """The same problem without these tensors (an optional bias), and with these options."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in names}
+        return replace(self, tensors=tensors, options={**self.options, **options})
 
     def leaves(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors detached, those in `grads` requiring gradients; floating-point ones in `dtype` if given."""
@@ -153,7 +158,7 @@ def _options(shape: Shape, draw: Draw, adapters: int = 1) -> dict[str, Any]:
 def lora_linear(shape: Shape, draw: Draw) -> Case:
     def eager(t: dict[str, Tensor]) -> Tensor:
         low_rank = _low_rank(t["x"], t["lora_A"], t["lora_B"], shape.dropout_p, SEED)
-        return F.linear(t["x"], t["weight"], t["bias"]) + SCALING * low_rank
+        return F.linear(t["x"], t["weight"], t.get("bias")) + SCALING * low_rank
 
     options = {"scaling": SCALING, **_options(shape, draw)}
     return Case("lora_linear", str(shape), _layer(shape, draw), options, eager, ("x", "lora_A", "lora_B"))
@@ -167,7 +172,8 @@ def dora_linear(shape: Shape, draw: Draw) -> Case:
             norm = merged.norm(dim=1)
         low_rank = _low_rank(t["x"], t["lora_A"], t["lora_B"], shape.dropout_p, SEED)
         factor = (t["magnitude"] / norm).to(t["x"].dtype)
-        return factor * (F.linear(t["x"], t["weight"]) + SCALING * low_rank) + t["bias"]
+        y = factor * (F.linear(t["x"], t["weight"]) + SCALING * low_rank)
+        return y + t["bias"] if "bias" in t else y
 
     tensors = _layer(shape, draw) | {"magnitude": draw(shape.adapter_dtype, shape.n, scale=0.1, offset=1.5)}
     options = {"scaling": SCALING, **_options(shape, draw)}
