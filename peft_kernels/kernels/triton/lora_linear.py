@@ -36,9 +36,13 @@ def unproven(problem) -> str | None:
 def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     from peft_kernels.kernels.triton._down_projection import down_projection
     from peft_kernels.kernels.triton._extended_gemm import extended_gemm
+    from peft_kernels.kernels.triton._single_pass import single_pass
 
     # Cast before S: nothing may be launched between S and the GEMM that overlaps it.
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    both = single_pass(x, weight, bias, a, b, scaling) if seed is None else None
+    if both is not None:
+        return both
     s = down_projection(x, a, dropout_p, seed)
     return extended_gemm(x, weight.t(), s, b.t(), scaling, bias, overlap=True), s
 
@@ -64,7 +68,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     grad_a = reduce(partials_a, scaling * scale(dropout_p), lora_A.dtype) if need_a else None
     grad_b = reduce(partials_b, scaling, lora_B.dtype) if need_b else None
     grad_weight = torch.mm(grad_y.t(), x) if need_weight else None
-    grad_bias = grad_y.sum(0) if need_bias else None
+    grad_bias = grad_y.sum(0, dtype=torch.promote_types(torch.float32, grad_y.dtype)) if need_bias else None
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 
