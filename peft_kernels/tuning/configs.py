@@ -71,6 +71,17 @@ class PersistentGemm(ExtendedGemm):
 
 
 @dataclass(frozen=True)
+class SinglePass(Config):
+    """All rows of x belong to a program. `block_r` is the narrowest rank tile: wider ones follow the rank."""
+
+    block_n: int
+    block_k: int
+    block_r: int
+    num_stages: int
+    programs: int
+
+
+@dataclass(frozen=True)
 class GradSB(Config):
     """`scratch_mib` is the most memory for the partials of dB; two passes over dY run where that is not enough."""
 
@@ -131,6 +142,7 @@ CONFIGS: dict[str, type[Config]] = {
     "extended_gemm": ExtendedGemm,
     "extended_gemm_tma": ExtendedGemm,
     "extended_gemm_persistent": PersistentGemm,
+    "single_pass": SinglePass,
     "grad_s_b": GradSB,
     "sum_over_rows": SumOverRows,
 }

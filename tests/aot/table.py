@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.aot.test_compile_lora_linear import BF16, Case, _chosen, _compiled
+from tests.aot.test_compile_lora_linear import BF16, FEW, Case, _chosen, _compiled
 
 HEADS = ("result", "kernel", "r", "tile", "warps, stages", "registers", "spilled", "shared KiB", "tensor", "copies")
 
@@ -27,6 +27,7 @@ LAUNCHES = (
     ("y", "extended_gemm", "y", False, 16),
     ("dX", "extended_gemm", "dX", False, 16),
     ("dX, dropout", "extended_gemm", "dX", True, 16),
+    ("y, M <= 16", "single_pass", FEW, False, 16),
     ("dS and dB", "grad_s_b", "dS+dB", True, 16),
     ("dA", "sum_over_rows", "dA", False, 16),
     ("dA, dropout", "sum_over_rows", "dA", True, 16),
@@ -56,7 +57,7 @@ def _row(label: str, case: Case, config) -> tuple:
 def main(arch: str) -> None:
     print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
     for label, kernel, form, dropout, r in LAUNCHES:
-        case = Case(kernel, arch, BF16, dropout, 8192, r, form)
+        case = Case(kernel, arch, BF16, dropout, 16 if form == FEW else 8192, r, form)
         config = _chosen(case)
         if config is not None:
             print(f"| {' | '.join(map(str, _row(label, case, config)))} |")

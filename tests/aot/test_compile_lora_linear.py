@@ -23,6 +23,7 @@ if _launch.INTERPRETED:
 from peft_kernels.kernels.triton._down_projection import down_projection
 from peft_kernels.kernels.triton._extended_gemm import extended_gemm
 from peft_kernels.kernels.triton._grad_s_b import grad_s_b
+from peft_kernels.kernels.triton._single_pass import single_pass
 from peft_kernels.kernels.triton._sum_over_rows import partial_sums
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
@@ -30,7 +31,7 @@ TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 N, K, WIDEST_RANK, P = 4096, 4096, 128, 0.1
 
 
-PERSISTENT = "extended_gemm_persistent"
+PERSISTENT, FEW = "extended_gemm_persistent", "y, few rows"
 
 
 class Case(NamedTuple):
@@ -45,8 +46,8 @@ class Case(NamedTuple):
     form: str
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.arch}-{self.kernel}-{self.form}-{dtype}-m{self.m}-r{self.r}{'-dropout' * self.dropout}"
+        dtype, form = str(self.dtype).removeprefix("torch."), self.form.replace(",", "").replace(" ", "-")
+        return f"{self.arch}-{self.kernel}-{form}-{dtype}-m{self.m}-r{self.r}{'-dropout' * self.dropout}"
 
 
 FORMS = {
@@ -54,6 +55,7 @@ FORMS = {
     "extended_gemm": ("y", "dX"),
     "extended_gemm_tma": ("y", "dX"),
     "extended_gemm_persistent": ("y", "dX"),
+    "single_pass": (FEW,),
     "grad_s_b": ("dS+dB",),
     "sum_over_rows": ("dA",),
 }
@@ -71,7 +73,7 @@ def _cases() -> Iterator[Case]:
             for rule, form in itertools.product(tuning.rules(arch, kernel), forms):
                 limits = dict(rule.limits)
                 dtype = getattr(torch, rule.dtype or "bfloat16")
-                for dropout in (False,) if form == "y" else (True, False):
+                for dropout in (False,) if form.startswith("y") else (True, False):
                     case = Case(kernel, arch, dtype, dropout, limits.get("m", 8192), limits.get("r", 128), form)
                     if _compiled_for(arch, rule) and _chosen(case) == rule.config:
                         yield case
@@ -102,6 +104,7 @@ def _launch_of(case: Case, n: int = N, k: int = K):
     return {
         "S": lambda: down_projection(x, a, *dropout),
         "y": lambda: extended_gemm(x, weight.t(), s, b.t(), 2.0, bias, overlap=True),
+        FEW: lambda: single_pass(x, weight, bias, a, b, 2.0),
         "dX": lambda: extended_gemm(grad_y, weight, s, a, 2.0, None, *dropout, overlap=True),
         "dS+dB": lambda: grad_s_b(grad_y, s, b, dropout=case.dropout),
         "dA": lambda: partial_sums(s, x, *dropout, overlap=True),
@@ -167,6 +170,18 @@ def _events(machine) -> list[str]:
 
 def _gemm(monkeypatch, form: str, dropout: bool) -> list[str]:
     return _events(_compiled(monkeypatch, Case(PERSISTENT, "sm_90", BF16, dropout, 8192, 16, form)))
+
+
+@pytest.mark.parametrize(("m", "shape"), [(1, "64x16x16"), (20, "64x32x16"), (64, "64x64x16")])
+def test_few_rows_take_the_narrow_side_of_the_tensor_cores(monkeypatch, m, shape):
+    """W's rows on the 64-row side: at one row of x the instruction is 16 wide, and three are in flight."""
+    (kernel,) = compile_launches(
+        monkeypatch, "sm_90", _launch_of(Case("single_pass", "sm_90", BF16, False, m, 16, FEW))
+    )
+    machine = disassemble(kernel)
+    assert set(re.findall(r"HGMMA\.(\w+)", machine.sass)) == {shape}
+    assert machine.count(r"\bHMMA\b") == 0
+    assert "DEPBAR.LE gsb0, 0x2" in machine.sass
 
 
 @pytest.mark.parametrize("form", ["y", "dX"])

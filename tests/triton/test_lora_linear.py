@@ -119,7 +119,7 @@ def _overlapping_rows(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["x", "weight"])
 def test_rows_that_tma_cannot_address_take_pointers(name, place, monkeypatch):
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
-    problem = LoraProblem(20, 40, 24, 5, dtype=F16)
+    problem = LoraProblem(70, 40, 24, 5, dtype=F16)
     values = problem.tensors[name].detach()
     placed = place(values)
     if place is _overlapping_rows:
@@ -143,6 +143,42 @@ def _launches(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(_launch, "launch", record)
     return launched
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r"),
+    [(1, 67, 101, 1), (7, 300, 130, 3), (16, 520, 64, 8), (17, 40, 67, 12), (33, 129, 131, 16), (64, 200, 70, 64)],
+)
+def test_single_pass(m, k, n, r, arch, monkeypatch):
+    """Few rows: one launch, and two more to add the partials where K is split."""
+    launched = _launches(monkeypatch)
+    problem = LoraProblem(m, k, n, r, dtype=F16, bias=m != 16)
+    t = problem.tensors
+    with torch.no_grad():
+        functional.lora_linear(t["x"], t["weight"], t["lora_A"], t["lora_B"], bias=t["bias"])
+    assert launched in (["_single_pass"], ["_single_pass", "splitk_reduce", "splitk_reduce"])
+    assert (len(launched) == 3) == (k > 64)
+    assert_as_accurate_as_eager(problem, problem.run())
+
+
+def test_a_row_of_the_single_pass_does_not_depend_on_the_others(arch):
+    problem = LoraProblem(40, 200, 130, 8, dtype=F16)
+    t = {name: tensor.detach() for name, tensor in problem.tensors.items()}
+
+    def run(rows: slice) -> torch.Tensor:
+        return functional.lora_linear(t["x"][rows], t["weight"], t["lora_A"], t["lora_B"], bias=t["bias"])
+
+    whole = run(slice(0, 40))
+    for rows in (slice(0, 1), slice(5, 19), slice(3, 36)):
+        assert torch.equal(run(rows), whole[rows])
+
+
+@pytest.mark.parametrize(("m", "r", "dropout_p"), [(65, 8, 0.0), (4, 65, 0.0), (4, 8, 0.3)])
+def test_two_launches_where_one_pass_does_not_serve(m, r, dropout_p, monkeypatch):
+    launched = _launches(monkeypatch)
+    problem = LoraProblem(m, 40, 70, r, dtype=F16, dropout_p=dropout_p)
+    assert_as_accurate_as_eager(problem, problem.run())
+    assert "_single_pass" not in launched
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
