@@ -44,7 +44,7 @@ def group_grad_s_b(
     """
     (m, r), device, kind = s.shape, s.device, grad_ys[0].dtype
     sizes, ranks = tuple(grad.shape[1] for grad in grad_ys), tuple(b.shape[1] for b in bs)
-    config = tuning.config(_launch.architecture(device), "grad_s_b", kind, m=_launch.bucket(m), r=max(ranks))
+    config = tuning.config(_launch.architecture(device), "group_grad_s_b", kind, m=_launch.bucket(m), r=max(ranks))
     if config is None or m == 0:
         return None
     blocks_m = _launch.blocks(m, config.block_m)

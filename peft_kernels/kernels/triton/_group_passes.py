@@ -86,7 +86,7 @@ def group_down_projection(
         ranks, dropout_ps = [r], [0.0]
     config = tuning.config(
         _launch.architecture(x.device),
-        "down_projection",
+        "group_down_projection",
         x.dtype,
         dropout=seeds is not None,
         m=_launch.bucket(m),
@@ -114,7 +114,7 @@ def group_sum_over_rows(
     """The dS_iᵀ drop_i(x) one below the other [Σ r, K] in `dtype`, for grad_s [M, Σ r] and x [M, K] of one dtype."""
     (m, k), r = x.shape, grad_s.shape[1]
     config = tuning.config(
-        _launch.architecture(x.device), "sum_over_rows", x.dtype, dropout=True, m=_launch.bucket(m), r=max(ranks)
+        _launch.architecture(x.device), "group_sum_over_rows", x.dtype, dropout=True, m=_launch.bucket(m), r=max(ranks)
     )
     tiles = _launch.blocks(k, config.block_k)
     splits, m_per_split = _launch.split(m, config.block_m, tiles, config.programs)
@@ -130,20 +130,26 @@ def group_sum_over_rows(
 
 
 @triton.jit
+def _with(values, value):
+    """The tuple `values` and one more."""
+    return values + (value,)  # noqa: RUF005
+
+
+@triton.jit
 def _keys(seeds, adapters):
     """The seed of each part."""
     keys = ()
     for i in tl.static_range(len(adapters)):
-        keys = keys + (tl.load(seeds + adapters[i]),)  # noqa: RUF005
+        keys = _with(keys, tl.load(seeds + adapters[i]))
     return keys
 
 
 @triton.jit
 def _zeros(parts, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr):
     """An accumulator for each part."""
-    totals: tuple = ()
+    totals = ()
     for _ in tl.static_range(len(parts)):
-        totals = totals + (tl.zeros((BLOCK_0, BLOCK_1), dtype=tl.float32),)  # noqa: RUF005
+        totals = _with(totals, tl.zeros((BLOCK_0, BLOCK_1), dtype=tl.float32))
     return totals
 
 
@@ -174,7 +180,7 @@ def _group_down_projection(
     for column in range(begin, end, BLOCK_K):
         columns_in = tl.arange(0, BLOCK_K) < end - column
         x_tile = tl.load(x_pointers, mask=rows_wanted[:, None] & columns_in[None, :], other=0.0)
-        sums: tuple = ()
+        sums = ()
         for i in tl.static_range(len(firsts)):
             a_tile = tl.load(
                 a_pointers + firsts[i] * tl.cast(stride_ar, tl.int64),
@@ -185,7 +191,7 @@ def _group_down_projection(
             if seeds is not None:
                 keep = kept(keys[i], rows, column, groups, thresholds[i], BLOCK_M, BLOCK_K)
                 part = tl.where(keep, x_tile, tl.zeros_like(x_tile))
-            sums = sums + (tl.dot(part, a_tile, totals[i], input_precision=PRECISION),)  # noqa: RUF005
+            sums = _with(sums, tl.dot(part, a_tile, totals[i], input_precision=PRECISION))
         totals = sums
         x_pointers += x_step
         a_pointers += a_step
@@ -219,7 +225,7 @@ def _group_sum_over_rows(
     for row in range(begin, end, BLOCK_M):
         rows_in = tl.arange(0, BLOCK_M) < end - row
         x_tile = tl.load(x_pointers, mask=rows_in[:, None] & columns_in[None, :], other=0.0)
-        sums: tuple = ()
+        sums = ()
         for i in tl.static_range(len(firsts)):
             low_tile = tl.load(
                 low_pointers + firsts[i] * tl.cast(stride_lr, tl.int64),
@@ -228,7 +234,7 @@ def _group_sum_over_rows(
             )
             keep = kept(keys[i], row + tl.arange(0, BLOCK_M), column, groups, thresholds[i], BLOCK_M, BLOCK_K)
             part = tl.where(keep, x_tile, tl.zeros_like(x_tile))
-            sums = sums + (tl.dot(low_tile, part, totals[i], input_precision=PRECISION),)  # noqa: RUF005
+            sums = _with(sums, tl.dot(low_tile, part, totals[i], input_precision=PRECISION))
         totals = sums
         x_pointers += x_step
         low_pointers += low_step
