@@ -92,6 +92,31 @@ void lora_backward(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int ad
                       {pointer(grad_x), k, dtype}, threads);
 }
 
+// Every matrix is contiguous.
+SmallLayer small_layer(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t x,
+                       uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t s, uintptr_t lora_A, uintptr_t lora_B,
+                       double scaling, Dropout dropout) {
+  return {{m, n, k, r}, {pointer(x), k, dtype}, {pointer(weight), k, dtype}, {pointer(bias), n, dtype},
+          {pointer(y), n, dtype}, {pointer(s), r, dtype}, {pointer(lora_A), k, adapter_dtype},
+          {pointer(lora_B), r, adapter_dtype}, scaling, dropout};
+}
+
+void small_forward(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t x,
+                   uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t s, uintptr_t lora_A, uintptr_t lora_B,
+                   double scaling, uintptr_t seed, uint32_t threshold, double scale) {
+  lora_small_forward(small_layer(m, n, k, r, dtype, adapter_dtype, x, weight, bias, y, s, lora_A, lora_B, scaling,
+                                 dropout(seed, threshold, scale)));
+}
+
+void small_backward(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t grad_y,
+                    uintptr_t x, uintptr_t s, uintptr_t weight, uintptr_t lora_A, uintptr_t lora_B, double scaling,
+                    uintptr_t seed, uint32_t threshold, double scale, uintptr_t grad_x, uintptr_t grad_A,
+                    uintptr_t grad_B) {
+  lora_small_backward(small_layer(m, n, k, r, dtype, adapter_dtype, x, weight, 0, grad_y, s, lora_A, lora_B, scaling,
+                                  dropout(seed, threshold, scale)),
+                      {{pointer(grad_x), k, dtype}, {pointer(grad_A), k, adapter_dtype}, {pointer(grad_B), r, adapter_dtype}});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -106,4 +131,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("philox_dropout", &philox_dropout_call, unlocked);
   m.def("lora_forward", &lora_forward, unlocked);
   m.def("lora_backward", &lora_backward, unlocked);
+  m.def("lora_small_forward", &small_forward);
+  m.def("lora_small_backward", &small_backward);
 }

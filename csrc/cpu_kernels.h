@@ -57,4 +57,23 @@ void lora_group_forward(const Group& group, int threads);
 // of dY, x and grad_x. A gradient whose data is null is not computed, nor is its input read.
 void lora_group_backward(const Group& group, Matrix grad_x, int threads);
 
+// A whole lora_linear: y = x Wᵀ + bias + scaling s Bᵀ with s = drop(x) Aᵀ, on one thread.
+struct LoraSizes {
+  int64_t m, n, k, r;
+};
+
+struct SmallLayer {
+  LoraSizes sizes;
+  Matrix x, weight, bias, y, s, lora_A, lora_B;  // in backward y is dY
+  double scaling;
+  Dropout dropout;
+};
+
+struct SmallGradients {
+  Matrix x, lora_A, lora_B;  // `data` null where not wanted
+};
+
+void lora_small_forward(const SmallLayer& layer);
+void lora_small_backward(const SmallLayer& layer, const SmallGradients& grads);
+
 }  // namespace peft_kernels

@@ -8,17 +8,12 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
+#include "buffer.h"
 #include "cpu_kernels.h"
+#include "tile_sizes.h"
 
 namespace peft_kernels {
-
-constexpr int kTileRows = 48, kTileColumns = 96;  // 18 KiB as floats: with a weight's tile it fits the L1 cache
-constexpr int kMaskColumns = 4 * kTileColumns;
-constexpr int kMaxRank = 512;
 
 // The place of an adapter: its column in s, and the first of its padded ranks in a block's scratch.
 struct Slot {
@@ -61,21 +56,6 @@ struct Scratch {
 
 namespace peft_kernels {
 namespace {
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-// Uninitialised, aligned to a cache line. Allocated before a parallel region: nothing may throw inside one.
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  const int64_t bytes = std::max<int64_t>(1, count) * static_cast<int64_t>(sizeof(T));
-  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  if (memory == nullptr) throw std::bad_alloc();
-  return Buffer<T>(static_cast<T*>(memory));
-}
 
 int64_t steps(int64_t total, int64_t step) { return (total + step - 1) / step; }
 int64_t whole_tiles(int64_t columns) { return steps(columns, kTileColumns) * kTileColumns; }

@@ -12,18 +12,31 @@ from peft_kernels import use_backend
 from peft_kernels.kernels.cpu import lora_linear as cpu_kernel
 from peft_kernels.kernels.reference import lora_linear as reference
 from peft_kernels.ops.lora_linear import Problem
-from tests.helpers import LoraProblem, assert_as_accurate_as_eager, relative_error
+from tests.helpers import LoraProblem, assert_as_accurate_as_eager, assert_within_rounding, relative_error
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# (M, K, N, r) one below, at and above the tiles of rows (32), columns (128), register tiles (4 x 8..32) and vectors.
+# (M, K, N, r) one below, at and above the tiles of rows (48) and columns (96; 384 for masks), register tiles (6 or 12
+# rows, 8 to 48 columns), vectors, and the parts of the rows that have sums of their own.
 EDGES = (
-    (31, 127, 129, 4),
-    (32, 128, 128, 8),
-    (33, 129, 127, 9),
-    (65, 256, 40, 16),
+    (47, 95, 97, 4),
+    (48, 96, 96, 8),
+    (49, 97, 95, 9),
+    (65, 384, 40, 16),
+    (97, 385, 130, 17),
     (130, 17, 300, 17),
     (200, 260, 131, 33),
     (96, 48, 64, 100),
+    (600, 100, 70, 5),
+)
+# Where the whole layer is one call: one below, at and above vectors (4, 8, 16) and blocks of rows (4).
+SMALL = (
+    (1, 1, 1, 1),
+    (4, 16, 16, 4),
+    (5, 17, 15, 3),
+    (7, 33, 31, 8),
+    (16, 64, 64, 17),
+    (3, 2, 100, 64),
+    (200, 5, 3, 2),
 )
 
 
@@ -35,6 +48,19 @@ def test_accuracy(width, shape, dtypes, dropout_p):
     problem = LoraProblem(m, k, n, r, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=dropout_p)
     with use_backend("cpu"):
         assert_as_accurate_as_eager(problem, problem.run())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=str)
+def test_rounding_of_small_layers(width, shape, dtypes, dropout_p):
+    m, k, n, r = shape
+    assert cpu_kernel._is_small(m, n, k, r)
+    problem = LoraProblem(m, k, n, r, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=dropout_p)
+    for tensor in ("weight", "bias"):  # by PyTorch anyway
+        problem.tensors[tensor].requires_grad_(False)
+    with use_backend("cpu"):
+        assert_within_rounding(problem, problem.run())
 
 
 def tensors(m: int, k: int, n: int, r: int, dtype: torch.dtype = F32):
@@ -64,11 +90,19 @@ def test_bits_do_not_depend_on_the_number_of_threads(cpu, monkeypatch):
         assert torch.equal(result[i], results[0][i]), name
 
 
+SIZES = {"small": (20, 40, 50, 6), "large": (70, 60, 80, 6)}
+
+
+def test_both_ways_are_tested(cpu):
+    assert [cpu_kernel._is_small(m, n, k, r) for m, k, n, r in SIZES.values()] == [True, False]
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
-def test_each_combination_of_wanted_gradients(cpu, needs):
+@pytest.mark.parametrize("size", SIZES)
+def test_each_combination_of_wanted_gradients(cpu, size, needs):
     """What a wanted gradient does not read may be missing: x without dA, s without dB."""
     need_x, need_a, need_b = needs
-    x, weight, a, b, grad_y, seed = tensors(70, 40, 50, 6)
+    x, weight, a, b, grad_y, seed = tensors(*SIZES[size])
     _, s = reference.forward(x, weight, None, a, b, 0.5, 0.25, seed)
     wanted = (need_x, False, False, need_a, need_b)
     saved = (x if need_a else None, s if need_b else None)
@@ -81,8 +115,9 @@ def test_each_combination_of_wanted_gradients(cpu, needs):
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_dropout_of_nothing_and_of_everything(width, p):
-    x, weight, a, b, _, seed = tensors(40, 33, 20, 3)
+@pytest.mark.parametrize("size", SIZES)
+def test_dropout_of_nothing_and_of_everything(width, size, p):
+    x, weight, a, b, _, seed = tensors(*SIZES[size])
     y, s = cpu_kernel.forward(x, weight, None, a, b, 0.5, p, seed)
     want_y, want_s = reference.forward(x, weight, None, a, b, 0.5, p, seed)
     assert relative_error(y, want_y) < 1e-6
@@ -91,16 +126,19 @@ def test_dropout_of_nothing_and_of_everything(width, p):
 
 
 def test_rows_do_not_depend_on_the_batch(cpu):
-    """S of a row is the same bits alone as among others."""
-    x, weight, a, b, _, _ = tensors(50, 300, 20, 8)
+    """S of a row is the same bits alone as among others, also where it alone is a small layer."""
+    x, weight, a, b, _, _ = tensors(50, 300, 10, 8)
     _, whole = cpu_kernel.forward(x, weight, None, a, b, 0.5, 0.0, None)
+    assert cpu_kernel._is_small(1, 10, 300, 8)
+    assert not cpu_kernel._is_small(50, 10, 300, 8)
     for row in (0, 7, 33, 49):
         _, alone = cpu_kernel.forward(x[row : row + 1], weight, None, a, b, 0.5, 0.0, None)
         assert torch.equal(alone[0], whole[row])
 
 
-def test_strided_operands(cpu):
-    x, weight, a, b, grad_y, seed = tensors(40, 60, 50, 6)
+@pytest.mark.parametrize("size", SIZES)
+def test_strided_operands(cpu, size):
+    x, weight, a, b, grad_y, seed = tensors(*SIZES[size])
     wanted = (True, True, True, True, True)
 
     def both(x, weight, a, b, grad_y):

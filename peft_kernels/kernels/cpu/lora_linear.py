@@ -49,6 +49,8 @@ def unsupported(problem) -> str | None:
 
 
 def unproven(problem) -> str | None:
+    if _is_small(problem.m, problem.n, problem.k, problem.r):
+        return None
     if problem.r > 64:
         return "PyTorch's matmuls are faster above rank 64"
     if problem.dropout:
@@ -60,15 +62,33 @@ def unproven(problem) -> str | None:
     return None
 
 
+def _is_small(m: int, n: int, k: int, r: int) -> bool:
+    """Whether the whole layer is one call into csrc, because calling PyTorch's matmuls would take most of the time."""
+    return m * n * k <= 131072 and n * k <= 4096 and r <= 64
+
+
 def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    (m, k), (n, r) = x.shape, lora_B.shape
+    if _is_small(m, n, k, r):
+        return _small_forward(m, n, k, r, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     y = F.linear(x, weight, bias)
     x, a, b = row_major(x), row_major(lora_A), row_major(lora_B)
-    (m, k), (n, r) = x.shape, b.shape
-    s = x.new_empty(m, r)
+    s = torch.empty(m, r, dtype=x.dtype)
     _native.load("_cpu").lora_forward(
         m, n, k, r, _native.DTYPES[x.dtype], _native.DTYPES[a.dtype], x.data_ptr(), x.stride(0), y.data_ptr(),
         s.data_ptr(), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), scaling,
         *dropout_arguments(dropout_p, seed), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, s
+
+
+def _small_forward(m, n, k, r, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    x, weight, a, b = x.contiguous(), weight.contiguous(), lora_A.contiguous(), lora_B.contiguous()
+    bias_ptr = 0 if bias is None else (bias := bias.contiguous()).data_ptr()
+    y, s = x.new_empty(m, n), x.new_empty(m, r)
+    _native.load("_cpu").lora_small_forward(
+        m, n, k, r, _native.DTYPES[x.dtype], _native.DTYPES[a.dtype], x.data_ptr(), weight.data_ptr(), bias_ptr,
+        y.data_ptr(), s.data_ptr(), a.data_ptr(), b.data_ptr(), scaling, *dropout_arguments(dropout_p, seed),
     )  # fmt: skip
     return y, s
 
@@ -79,26 +99,46 @@ def _place(tensor: Tensor | None) -> tuple[int, int]:
 
 def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
     need_x, need_weight, need_bias, need_a, need_b = needs
+    (m, n), (r, k) = grad_y.shape, lora_A.shape
     grad_weight = grad_bias = None
     if need_weight or need_bias:
         others = (False, need_weight, need_bias, False, False)
         _, grad_weight, grad_bias, _, _ = composed.backward(
             grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, others
         )
-    grad_x = torch.mm(grad_y, weight) if need_x else None
-    grad_a = torch.empty(lora_A.shape, dtype=lora_A.dtype) if need_a else None
-    grad_b = torch.empty(lora_B.shape, dtype=lora_B.dtype) if need_b else None
-    grads = (grad_x, grad_weight, grad_bias, grad_a, grad_b)
     if not (need_x or need_a or need_b):
-        return grads
+        return None, grad_weight, grad_bias, None, None
+    grad_a = lora_A.new_empty(r, k) if need_a else None
+    grad_b = lora_B.new_empty(n, r) if need_b else None
     # What a wanted gradient does not read may be None: csrc takes a null pointer for it.
+    x, s = x if need_a else None, s if need_b else None
+    if _is_small(m, n, k, r):
+        grad_x = grad_y.new_empty(m, k) if need_x else None
+        _small_backward(
+            m, n, k, r, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, grad_x, grad_a, grad_b
+        )
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b
+    grad_x = torch.mm(grad_y, weight) if need_x else None
     grad_y, a, b = row_major(grad_y), row_major(lora_A), row_major(lora_B)
-    x = row_major(x) if need_a else None
-    s = row_major(s) if need_b else None
-    (m, n), (r, k) = grad_y.shape, a.shape
+    x, s = x if x is None else row_major(x), s if s is None else row_major(s)
     _native.load("_cpu").lora_backward(
         m, n, k, r, _native.DTYPES[grad_y.dtype], _native.DTYPES[a.dtype], *_place(grad_y), *_place(x), *_place(s),
         *_place(a), *_place(b), scaling, *dropout_arguments(dropout_p, seed), _place(grad_x)[0], _place(grad_a)[0],
         _place(grad_b)[0], torch.get_num_threads(),
     )  # fmt: skip
-    return grads
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b
+
+
+def _small_backward(
+    m, n, k, r, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, grad_x, grad_a, grad_b
+) -> None:
+    # Held by name until the call is over: a copy that only its address refers to could be freed before.
+    grad_y, weight, a, b = grad_y.contiguous(), weight.contiguous(), lora_A.contiguous(), lora_B.contiguous()
+    x_ptr = 0 if x is None else (x := x.contiguous()).data_ptr()
+    s_ptr = 0 if s is None else (s := s.contiguous()).data_ptr()
+    _native.load("_cpu").lora_small_backward(
+        m, n, k, r, _native.DTYPES[grad_y.dtype], _native.DTYPES[a.dtype], grad_y.data_ptr(), x_ptr, s_ptr,
+        weight.data_ptr(), a.data_ptr(), b.data_ptr(), scaling, *dropout_arguments(dropout_p, seed),
+        0 if grad_x is None else grad_x.data_ptr(), 0 if grad_a is None else grad_a.data_ptr(),
+        0 if grad_b is None else grad_b.data_ptr(),
+    )  # fmt: skip
