@@ -152,13 +152,14 @@ def explain_lora(op: str, x, weight, lora_A, lora_B, scaling, bias, dropout_p) -
 
 
 def _joint_bias(weight, bias, lora_B, lora_bias, scaling) -> Tensor:
-    """bias + scaling · lora_bias. In float32 beside a 16-bit weight: the op rounds it once, and sums its gradient."""
+    """bias + scaling · lora_bias in at least float32: the op rounds it once, and its gradient comes back unrounded."""
     check_floating("lora_linear", "lora_bias", lora_bias)
     n = weight.shape[0]
     check_shape("lora_linear", "lora_bias", lora_bias, (n,), f"weight has {n} output features")
     check_same_dtype("lora_linear", "lora_bias", lora_bias, lora_B.dtype, "lora_B")
     check_device("lora_linear", "lora_bias", lora_bias, weight.device)
-    return scaling * lora_bias if bias is None else torch.add(bias, lora_bias, alpha=scaling)
+    shift = lora_bias.to(torch.promote_types(torch.float32, lora_bias.dtype))
+    return scaling * shift if bias is None else torch.add(bias, shift, alpha=scaling)
 
 
 def _with_token_mask(

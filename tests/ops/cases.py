@@ -1,0 +1,77 @@
+"""The same situations for each op that has low-rank factors or belongs to them: one problem of each, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+
+from tests.problems import (
+    DoraProblem,
+    EmbeddingProblem,
+    ExpertProblem,
+    GatedProblem,
+    GroupProblem,
+    LoraProblem,
+    MlpProblem,
+    Problem,
+)
+
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+# (dtype of x and W, dtype of A and B)
+DTYPES = ((F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F16, F32))
+
+NEW = (
+    "lora_linear_group", "dora_linear", "gated_activation", "lora_swiglu_mlp", "lora_embedding", "lora_expert_linear",
+)  # fmt: skip
+LINEAR = ("lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_expert_linear")  # ops of an x with dropout
+
+
+def dtype_id(pair: tuple) -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in pair]
+    return names[0] if names[0] == names[1] else "+".join(names)
+
+
+def _group(m, k, n, r, **options) -> Problem:
+    """q with one adapter, k with none, v with two of other ranks and scalings."""
+    ranks = ((r,), (), (max(1, r // 2), r // 3 + 1))
+    options["dropout_p"] = [options.pop("dropout_p", 0.0)] * 3
+    return GroupProblem(m, k, (n, max(1, n // 3), n // 2 + 1), ranks, scalings=(1.5, None, (0.5, -2.0)), **options)
+
+
+def _mlp(m, k, n, r, **options) -> Problem:
+    """Adapters of other ranks at gate and up, two at down."""
+    return MlpProblem(m, k, n, ((r,), (max(1, r // 2),), (r // 3 + 1, r)), out=n // 2 + 1, **options)
+
+
+def _experts(m, k, n, r, **options) -> Problem:
+    """Three experts, of which one has no rows; the last row belongs to nobody."""
+    return ExpertProblem((m // 3, 0, m - m // 3 - 1), k, n, r, orphans=1, **options)
+
+
+BUILDERS: dict[str, Callable[..., Problem]] = {
+    "lora_linear": lambda m, k, n, r, **options: LoraProblem(m, k, n, r, lora_bias=True, **options),
+    "lora_linear_group": _group,
+    "dora_linear": lambda m, k, n, r, **options: DoraProblem(m, k, n, r, **options),
+    "gated_activation": lambda m, k, n, r, **options: GatedProblem((m, n), **options),
+    "lora_swiglu_mlp": _mlp,
+    "lora_embedding": lambda m, k, n, r, **options: EmbeddingProblem(m, k, n, r, **options),
+    "lora_expert_linear": _experts,
+}
+FIELDS = {
+    "lora_linear": LoraProblem, "lora_linear_group": GroupProblem, "dora_linear": DoraProblem,
+    "gated_activation": GatedProblem, "lora_swiglu_mlp": MlpProblem, "lora_embedding": EmbeddingProblem,
+    "lora_expert_linear": ExpertProblem,
+}  # fmt: skip
+
+
+def problem_of(op: str, m: int = 34, k: int = 31, n: int = 23, r: int = 4, **options) -> Problem:
+    """A problem of `op` of m rows, K = k (rows of the table for an embedding), N = n; options it lacks are ignored."""
+    known = {field.name for field in fields(FIELDS[op]) if field.init}
+    return BUILDERS[op](m, k, n, r, **{name: value for name, value in options.items() if name in known})
+
+
+def tiny(op: str, **options) -> Problem:
+    """For finite differences."""
+    return problem_of(op, 4, 5, 4, 2, **options)
