@@ -35,7 +35,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "gated_activation": ("triton", "composed", "reference"),
     "lora_swiglu_mlp": ("composed", "reference"),
     "lora_embedding": ("composed", "reference"),
-    "lora_expert_linear": ("composed", "reference"),
+    "lora_expert_linear": ("triton", "composed", "reference"),
     "philox_dropout": ("cuda", "triton", "cpu", "reference"),
     "splitk_reduce": ("cuda", "triton", "reference"),
 }

@@ -148,4 +148,8 @@ CONFIGS: dict[str, type[Config]] = {
     "single_pass": SinglePass,
     "grad_s_b": GradSB,
     "sum_over_rows": SumOverRows,
+    "expert_down_projection": DownProjection,
+    "expert_gemm": ExtendedGemm,
+    "expert_gemm_tma": ExtendedGemm,
+    "expert_sum_over_rows": SumOverRows,
 }
