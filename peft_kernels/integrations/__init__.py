@@ -13,24 +13,30 @@ __all__ = ["accelerate", "restore"]
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Report:
-    """Runs the LoRA layers of a Hugging Face PEFT model through `peft_kernels.functional`, in place.
+    """Runs the LoRA of a Hugging Face PEFT model through `peft_kernels.functional`, in place.
 
     No parameter, buffer or module is renamed, replaced or copied: only the class of each supported layer changes, to a
-    subclass of PEFT's that overrides `forward`. state_dict, optimizers, saving, loading, merging, adding and switching
-    adapters work as before. What is not supported (`Report` says what and why) runs PEFT's own code, decided at every
-    call, and each reason is logged once, as a warning of the logger "peft_kernels".
+    subclass that overrides `forward`. state_dict, optimizers, saving, loading, merging, adding and switching adapters
+    work as before. Supported are linear layers (also Conv1D) and embeddings, with one or several active adapters,
+    rsLoRA, `lora_bias`, trained biases, frozen A or B, MiCA, DoRA (one base matmul instead of two or three) and
+    activated LoRA (a mask instead of a gather). What is not supported (`Report` says what and why) runs PEFT's own code,
+    decided at every call, and each reason is logged once, as a warning of the logger "peft_kernels".
 
-    Numbers equal PEFT's up to rounding, with two differences by design: float32 adapters beside a 16-bit base weight
+    Numbers equal PEFT's up to rounding, with three differences by design: float32 adapters beside a 16-bit base weight
     are rounded to 16 bits for the products, instead of x being widened to float32 (their gradients are summed in
-    float32); and `lora_dropout` draws other, equally distributed masks. Second derivatives raise RuntimeError.
+    float32); `lora_dropout` draws other, equally distributed masks; and DoRA's dropout leaves the base matmul whole,
+    where PEFT drops x for the part (g - 1) x Wᵀ as well (the same expectation, with less variance). Second derivatives
+    raise RuntimeError.
 
     Args:
         model: a `PeftModel`, or any model that holds PEFT's LoRA layers. Call it again after adding an adapter that
             targets new modules; layers that are accelerated already stay so.
         strict: raise instead of running PEFT's code: now, for any layer that would, and at every later call. Calls that
             have nothing to fuse (adapters disabled or merged) do not raise later.
-        groups: compute layers together that the model calls on one x, such as q/k/v and gate/up: x is read and kept
-            once for all (`functional.lora_linear_group`). The source of their parent's `forward` says which ones.
+        groups: compute layers together that the model calls on one x, such as q/k/v: x is read and kept once for all
+            (`functional.lora_linear_group`). And compute gated feed-forward blocks whole, whose class changes as well
+            (`functional.lora_swiglu_mlp`). Which these are is read off the source of the parents' `forward`; hooks run
+            as before. Not under `torch.compile`, where layers are computed one by one, but blocks whole.
 
     Returns:
         A `Report` that prints as a table of the layers.

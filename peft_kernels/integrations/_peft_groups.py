@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from peft_kernels import functional
 from peft_kernels.integrations._peft_operands import Several, operands
-from peft_kernels.integrations._peft_source import shared_inputs
+from peft_kernels.integrations._peft_source import plain_class, shared_inputs
 from peft_kernels.integrations.report import Block, Calls
 
 logger = logging.getLogger("peft_kernels")
@@ -206,7 +206,7 @@ def form(model: nn.Module, fused: type[Any], calls: Calls) -> list[Block]:
     for name, parent in model.named_modules():
         if "forward" in parent.__dict__:
             continue
-        for labels in shared_inputs(type(parent).forward):
+        for labels in shared_inputs(plain_class(parent).forward):
             children: dict[str, Any] = {label: parent._modules.get(label) for label in labels}
             members = {
                 label: child

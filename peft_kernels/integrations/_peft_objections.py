@@ -86,3 +86,12 @@ def has_hooks(module: nn.Module) -> bool:
 def full_name(value: object) -> str:
     """module.Class of a value, for messages."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 has made the module a unit of its own, and its class another."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)

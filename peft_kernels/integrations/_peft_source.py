@@ -13,7 +13,9 @@ import inspect
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 # An expression inside one of these may not be evaluated, or more than once.
 _CONDITIONAL = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -26,6 +28,11 @@ class Gated(NamedTuple):
     up: str
     down: str
     activation: str
+
+
+def plain_class(module: nn.Module) -> Any:
+    """The class of a module before this library gave it a subclass with another forward."""
+    return getattr(type(module), "_peft_kernels_plain", type(module))
 
 
 @functools.cache

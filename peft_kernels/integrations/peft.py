@@ -1,7 +1,7 @@
 """`accelerate` and `restore` for Hugging Face PEFT's LoRA layers, by changing their class in place.
 
-`_peft_operands.py` says what a layer computes, `_peft_linear.py` is the layer, `_peft_groups.py` computes layers that
-share their input together.
+`_peft_operands.py` says what a layer computes, `_peft_linear.py` and `_peft_embedding.py` are the layers,
+`_peft_groups.py` computes layers that share their input together, `_peft_mlp.py` whole feed-forward blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -23,9 +22,10 @@ from peft_kernels import parity
 from peft_kernels.integrations._peft_embedding import FusedPeftEmbedding, base_objection, embedding_operands
 from peft_kernels.integrations._peft_groups import form
 from peft_kernels.integrations._peft_linear import FusedPeftLinear, Site
-from peft_kernels.integrations._peft_objections import BASES, full_name, type_objection
+from peft_kernels.integrations._peft_mlp import fuse_mlps, restore_mlps
+from peft_kernels.integrations._peft_objections import BASES, full_name, is_fsdp, type_objection
 from peft_kernels.integrations._peft_operands import operands
-from peft_kernels.integrations.report import Calls, Report, Row
+from peft_kernels.integrations.report import Block, Calls, Report, Row
 
 logger = logging.getLogger("peft_kernels")
 
@@ -36,7 +36,7 @@ PLAIN: dict[type, Any] = {fused: plain for plain, fused in FUSED.items()}
 def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Report:
     """See `peft_kernels.accelerate`."""
     layers = _tuner_layers(model, "accelerate")
-    sharded = any(map(_is_fsdp, model.modules()))
+    sharded = any(map(is_fsdp, model.modules()))
     reasons = {name: _objection(layer, sharded) for name, layer in layers.items()}
     calls = Calls(strict)
     report = Report(tuple(Row(name, reason is None, reason or "") for name, reason in reasons.items()), calls)
@@ -51,14 +51,23 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
     for reason, names in report.reasons.items():
         logger.warning("%d layers run PEFT's own code: %s (first: %s)", len(names), reason, names[0])
         calls.fallbacks[reason] = Counter()
+    if not groups:
+        restore_mlps(model)
     for name, layer in layers.items():
         if _lasting_objection(layer) is None:
             if type(layer) in FUSED:
                 layer.__class__ = FUSED[type(layer)]
             layer._peft_kernels = Site(name, calls)
             layer.__dict__.pop("_peft_kernels_place", None)
-    blocks = form(model, FusedPeftLinear, calls) if groups else ()
-    return replace(report, blocks=tuple(blocks))
+    return replace(report, blocks=_together(model, calls) if groups else ())
+
+
+def _together(model: nn.Module, calls: Calls) -> tuple[Block, ...]:
+    """What is computed in one: whole feed-forward blocks, and elsewhere the layers that share an input. The latter are
+    prepared in feed-forward blocks as well, for calls that need the block's own forward."""
+    groups, mlps = form(model, FusedPeftLinear, calls), fuse_mlps(model)
+    whole = {block.module for block in mlps}
+    return (*(block for block in groups if block.module not in whole), *mlps)
 
 
 def restore(model: nn.Module) -> int:
@@ -71,6 +80,7 @@ def restore(model: nn.Module) -> int:
                 f"restore: {name} has become a {full_name(layer)} since; restore before fully_shard or the like. "
                 "The model is unchanged"
             )
+    restore_mlps(model)
     for layer in layers.values():
         fused, plain = type(layer), PLAIN[type(layer)]
         layer.__class__ = plain
@@ -96,7 +106,7 @@ def _lasting_objection(layer: Any) -> str | None:
             name = full_name(layer).removeprefix("peft.tuners.")
             if isinstance(layer, ParamWrapper):
                 return f"the layer is a {name} (target_parameters), whose module reads W + s B A itself"
-            when = "; call accelerate before fully_shard" if _is_fsdp(layer) else ""
+            when = "; call accelerate before fully_shard" if is_fsdp(layer) else ""
             return f"the layer is a {name}, not exactly PEFT's lora.Linear or lora.Embedding{when}"
         if "forward" in layer.__dict__:
             return "the forward of the layer is replaced; call accelerate before whatever replaces it"
@@ -116,14 +126,6 @@ def _objection(layer: Any, sharded: bool) -> str | None:
     if sharded and reason is not None and "DTensor" in reason:
         return None  # FSDP2 gathers it into a plain tensor before the layer is called
     return reason
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
 
 
 def _accelerated(model: nn.Module) -> dict[str, Any]:

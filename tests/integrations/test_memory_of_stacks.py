@@ -51,9 +51,13 @@ def test_dropout_costs_neither_masks_nor_dropped_copies(peaks):
 
 
 def test_dropout_costs_only_seeds(peaks):
-    """Not even a share of a mask: what dropout adds to the peak is below one layer's mask at a bit an element."""
-    assert peaks[0.05, True] - peaks[0.0, True] < HIDDEN * TOKENS[0] * TOKENS[1] // 8
+    """Not even a share of a mask: in all twelve blocks dropout adds less than one layer's mask at a bit an element,
+    besides what one block drops out while its gradients are computed."""
+    tokens = TOKENS[0] * TOKENS[1]
+    assert peaks[0.05, True] - peaks[0.0, True] < 4 * INTERMEDIATE * tokens + HIDDEN * tokens // 8
 
 
-def test_without_dropout_no_more_than_peft(peaks):
-    assert peaks[0.0, True] <= peaks[0.0, False]
+def test_without_dropout_less_than_peft(peaks):
+    """PEFT keeps act(gate) and act(gate) * up of each block besides gate and up."""
+    kept = 2 * 4 * INTERMEDIATE * TOKENS[0] * TOKENS[1]
+    assert peaks[0.0, False] - peaks[0.0, True] > (BLOCKS - 2) * kept
