@@ -145,6 +145,7 @@ CONFIGS: dict[str, type[Config]] = {
     "extended_gemm": ExtendedGemm,
     "extended_gemm_tma": ExtendedGemm,
     "extended_gemm_persistent": PersistentGemm,
+    "extended_gemm_specialized": ExtendedGemm,  # experimental: no rule names it
     "single_pass": SinglePass,
     "grad_s_b": GradSB,
     "sum_over_rows": SumOverRows,

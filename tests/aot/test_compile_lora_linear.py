@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from peft_kernels import tuning
 from peft_kernels.kernels.triton import _extended_gemm, _launch, lora_linear, philox_dropout, splitk_reduce
+from peft_kernels.tuning.configs import ExtendedGemm
 from tests.aot.compiling import SHARED_MEMORY, compile_launches, disassemble
 
 if _launch.INTERPRETED:
@@ -197,6 +198,41 @@ def test_the_gemm_waits_for_s_after_its_main_loop(monkeypatch, form):
     assert not {"LDG", "LDGSTS", "STG", "UTMASTG", "PREEXIT"} & set(before)
     assert {"LDG", "HGMMA", "UTMASTG", "PREEXIT"} <= set(after)
     assert "UTMALDG" not in after, "the loads of the next tile wait for the low-rank step"
+
+
+SPECIALIZED = ExtendedGemm(num_warps=8, block_m=128, block_n=256, block_k=64, block_r=64, group_m=8, num_stages=3)
+
+
+@pytest.mark.parametrize("form", ["y", "dX"])
+def test_experimental_form_with_two_kinds_of_warps(monkeypatch, form):
+    """Compiled only. One warp loads (240 registers for the others, 24 for it) and alone waits for S, between the loads
+    of the main loop and those of the low-rank step; a product is in flight while the next is issued."""
+    choose = tuning.config
+    monkeypatch.setattr(
+        tuning,
+        "config",
+        lambda arch, k, *a, **s: SPECIALIZED if k.endswith("_specialized") else choose(arch, k, *a, **s),
+    )
+    case = Case("extended_gemm_specialized", "sm_90", BF16, False, 8192, 16, form)
+    (kernel,) = compile_launches(monkeypatch, "sm_90", _launch_of(case))
+    machine = disassemble(kernel)
+    assert machine.name == "_extended_gemm_specialized"
+    assert machine.local_bytes == 0
+    assert machine.shared_bytes <= SHARED_MEMORY["sm_90"]
+    registers = re.findall(r"setmaxnreg\.(\w+)\.sync\.aligned\.u32\s+(\d+)", kernel.asm["ptx"])
+    assert {("inc", "240"), ("dec", "24")} <= set(registers)
+    events = _events(machine)
+    producer = [event for event in events if event in ("UTMALDG", "ACQBULK")]
+    wait = producer.index("ACQBULK")
+    assert producer[:wait] == producer[wait + 1 :] == ["UTMALDG"] * wait
+    consumer = events[max(i for i, event in enumerate(events) if event == "UTMALDG") + 1 :]
+    assert consumer[:5] == ["HGMMA"] * 4 + ["DEPBAR.LE gsb0, 0x1"]
+    assert "PREEXIT" in consumer
+    assert "UTMASTG" in consumer
+
+
+def test_no_rule_takes_the_experimental_form():
+    assert not any(tuning.rules(arch, "extended_gemm_specialized") for arch in tuning.known_architectures())
 
 
 def test_under_dropout_the_gemm_waits_first(monkeypatch):

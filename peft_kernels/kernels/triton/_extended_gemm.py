@@ -50,7 +50,10 @@ def extended_gemm(
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    form, config = _form(x, w, out, r, seed is not None)
+    form, config = _form(x, w, s, b, out, seed is not None)
+    if form == SPECIALIZED:
+        _launch_specialized(x, w, s, b, scaling, bias, out, overlap, config)
+        return out
     options: dict[str, Any] = {**config.options(), "BLOCK_R": min(_launch.padded_rank(r), config.block_r)}
     grid = _launch.blocks(m, config.block_m) * _launch.blocks(n, config.block_n)
     operands: tuple[Any, ...]
@@ -88,19 +91,46 @@ def low_rank_last(dtype: torch.dtype, dropout: bool) -> bool:
     return dtype == torch.bfloat16 and not dropout
 
 
-def _form(x: Tensor, w: Tensor, out: Tensor, r: int, dropout: bool) -> tuple[str, Any]:
+SPECIALIZED = "extended_gemm_specialized"
+
+
+def _form(x: Tensor, w: Tensor, s: Tensor, b: Tensor, out: Tensor, dropout: bool) -> tuple[str, Any]:
     """The first form that takes these strides and addresses and has a configuration for these sizes, and that."""
+    arch = _launch.architecture(x.device)
     forms = ["extended_gemm"]
     if fits(x, w):
         forms.insert(0, "extended_gemm_tma")
         if rows_fit(out):
             forms.insert(0, "extended_gemm_persistent")
-    arch, sizes = _launch.architecture(x.device), {"m": _launch.bucket(x.shape[0]), "n": w.shape[1], "r": r}
+            if arch == "sm_90" and low_rank_last(x.dtype, dropout) and rows_fit(s) and rows_fit(_as_it_lies(b, w)):
+                forms.insert(0, SPECIALIZED)
+    sizes = {"m": _launch.bucket(x.shape[0]), "n": w.shape[1], "r": b.shape[0]}
     for form in forms:
         config = tuning.config(arch, form, x.dtype, dropout=dropout, **sizes)
         if config is not None:
             return form, config
     raise AssertionError(f"tuning has no configuration of extended_gemm for {arch}, {x.dtype}")
+
+
+def _as_it_lies(b: Tensor, w: Tensor) -> Tensor:
+    return b.t() if w.stride(0) == 1 else b
+
+
+def _launch_specialized(x, w, s, b, scaling, bias, out, overlap, config) -> None:
+    from peft_kernels.kernels.triton import _extended_gemm_specialized as specialized
+
+    (m, k), (r, n) = x.shape, b.shape
+    tiles = _launch.blocks(m, config.block_m) * _launch.blocks(n, config.block_n)
+    options = config.options()
+    _launch.launch(
+        specialized._extended_gemm_specialized, (min(tiles, _launch.multiprocessors(x.device)),), x.device,
+        *specialized.operands(x, w, out, s, b, config),
+        bias, m, n, k, r, 0 if bias is None else bias.stride(0), scaling,
+        **{name: options[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps")},
+        STAGES=config.num_stages, W_TRANSPOSED=w.stride(0) == 1,
+        WARPS=specialized.PRODUCER_WARPS, REGISTERS=specialized.PRODUCER_REGISTERS,
+        **_launch.overlapping(overlap, x.device),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

@@ -28,8 +28,8 @@ def single_pass(
     """(y [M, N], S = x aᵀ [M, r]) for x [M, K], weight [N, K], a [r, K], b [N, r] of one dtype and any strides, or None
     where `tuning` has no configuration: too many rows or ranks."""
     (m, k), (n, r) = x.shape, b.shape
-    sizes = {"m": _launch.bucket(m), "n": n, "r": r}
-    config = tuning.config(_launch.architecture(x.device), "single_pass", x.dtype, **sizes)
+    rows = _launch.bucket(m)
+    config = tuning.config(_launch.architecture(x.device), "single_pass", x.dtype, m=rows, n=n, r=r)
     if config is None or m == 0 or n == 0:
         return None
     blocks = _launch.blocks(n, config.block_n)
@@ -41,7 +41,7 @@ def single_pass(
         _single_pass, (blocks, splits), x.device,
         x, weight, a, b, bias, y, s, m, n, k, r, k_per_split,
         *x.stride(), *weight.stride(), *a.stride(), *b.stride(), 0 if bias is None else bias.stride(0), scaling,
-        BLOCK_M=max(_NARROWEST, sizes["m"]), PRECISION=_launch.dot_precision(x.dtype),
+        BLOCK_M=max(_NARROWEST, rows), PRECISION=_launch.dot_precision(x.dtype),
         **{**config.options(), "BLOCK_R": max(_launch.padded_rank(r), config.block_r)},
     )  # fmt: skip
     if splits == 1:
