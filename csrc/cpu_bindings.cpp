@@ -1,8 +1,11 @@
 // The Python module peft_kernels._cpu: pointers come as integers, sizes and strides in elements.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "cpu_kernels.h"
 #include "isa.h"
@@ -92,6 +95,37 @@ void lora_backward(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int ad
                       {pointer(grad_x), k, dtype}, threads);
 }
 
+// r, output, column of s, dtype; A, its row stride; B, its row stride; scaling; seed, threshold, scale; grad_A, grad_B.
+using AdapterTuple = std::tuple<int64_t, int64_t, int64_t, int, uintptr_t, int64_t, uintptr_t, int64_t, double,
+                                uintptr_t, uint32_t, double, uintptr_t, uintptr_t>;
+using OutputTuple = std::tuple<int64_t, uintptr_t, int64_t>;  // N; y or dY, its row stride
+
+Group group(int64_t m, int64_t k, int dtype, uintptr_t x, int64_t x_stride, uintptr_t s, int64_t s_stride,
+            uintptr_t token_mask, const std::vector<AdapterTuple>& adapters, const std::vector<OutputTuple>& outputs) {
+  Group made{m, k, {pointer(x), x_stride, dtype}, {pointer(s), s_stride, dtype},
+             static_cast<const uint8_t*>(pointer(token_mask)), {}, {}};
+  for (const auto& [r, output, column, adapter_dtype, lora_A, A_stride, lora_B, B_stride, scaling, seed, threshold, scale,
+                    grad_A, grad_B] : adapters)
+    made.adapters.push_back({r, output, column, {pointer(lora_A), A_stride, adapter_dtype},
+                             {pointer(lora_B), B_stride, adapter_dtype}, scaling, dropout(seed, threshold, scale),
+                             {pointer(grad_A), k, adapter_dtype}, {pointer(grad_B), r, adapter_dtype}});
+  for (const auto& [n, y, stride] : outputs) made.outputs.push_back({n, {pointer(y), stride, dtype}});
+  return made;
+}
+
+void group_forward(int64_t m, int64_t k, int dtype, uintptr_t x, int64_t x_stride, uintptr_t s, int64_t s_stride,
+                   uintptr_t token_mask, const std::vector<AdapterTuple>& adapters,
+                   const std::vector<OutputTuple>& outputs, int threads) {
+  lora_group_forward(group(m, k, dtype, x, x_stride, s, s_stride, token_mask, adapters, outputs), threads);
+}
+
+void group_backward(int64_t m, int64_t k, int dtype, uintptr_t x, int64_t x_stride, uintptr_t s, int64_t s_stride,
+                    uintptr_t token_mask, const std::vector<AdapterTuple>& adapters,
+                    const std::vector<OutputTuple>& outputs, uintptr_t grad_x, int threads) {
+  lora_group_backward(group(m, k, dtype, x, x_stride, s, s_stride, token_mask, adapters, outputs),
+                      {pointer(grad_x), k, dtype}, threads);
+}
+
 // Every matrix is contiguous.
 SmallLayer small_layer(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int adapter_dtype, uintptr_t x,
                        uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t s, uintptr_t lora_A, uintptr_t lora_B,
@@ -131,6 +165,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("philox_dropout", &philox_dropout_call, unlocked);
   m.def("lora_forward", &lora_forward, unlocked);
   m.def("lora_backward", &lora_backward, unlocked);
+  m.def("lora_group_forward", &group_forward, unlocked);
+  m.def("lora_group_backward", &group_backward, unlocked);
   m.def("lora_small_forward", &small_forward);
   m.def("lora_small_backward", &small_backward);
 }

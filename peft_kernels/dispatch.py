@@ -29,7 +29,7 @@ BACKENDS = ("reference", "composed", "triton", "cuda", "cpu")
 # Preference of each op, best first.
 ORDER: dict[str, tuple[str, ...]] = {
     "lora_linear": ("triton", "cpu", "composed", "reference"),
-    "lora_linear_group": ("triton", "composed", "reference"),
+    "lora_linear_group": ("triton", "cpu", "composed", "reference"),
     "dora_linear": ("composed", "reference"),
     "dora_weight_norm": ("composed", "reference"),
     "gated_activation": ("triton", "composed", "reference"),

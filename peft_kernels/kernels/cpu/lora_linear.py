@@ -93,7 +93,8 @@ def _small_forward(m, n, k, r, x, weight, bias, lora_A, lora_B, scaling, dropout
     return y, s
 
 
-def _place(tensor: Tensor | None) -> tuple[int, int]:
+def place(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and row stride, as csrc takes them; a null pointer for None."""
     return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
@@ -122,9 +123,9 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     grad_y, a, b = row_major(grad_y), row_major(lora_A), row_major(lora_B)
     x, s = x if x is None else row_major(x), s if s is None else row_major(s)
     _native.load("_cpu").lora_backward(
-        m, n, k, r, _native.DTYPES[grad_y.dtype], _native.DTYPES[a.dtype], *_place(grad_y), *_place(x), *_place(s),
-        *_place(a), *_place(b), scaling, *dropout_arguments(dropout_p, seed), _place(grad_x)[0], _place(grad_a)[0],
-        _place(grad_b)[0], torch.get_num_threads(),
+        m, n, k, r, _native.DTYPES[grad_y.dtype], _native.DTYPES[a.dtype], *place(grad_y), *place(x), *place(s),
+        *place(a), *place(b), scaling, *dropout_arguments(dropout_p, seed), place(grad_x)[0], place(grad_a)[0],
+        place(grad_b)[0], torch.get_num_threads(),
     )  # fmt: skip
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
