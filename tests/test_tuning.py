@@ -26,7 +26,10 @@ HERE = Provenance("NVIDIA H200", "570.1", "2.13.0", "3.7.1", "0123456789abcdef")
 H200 = Machine("sm_90", 132, 227 << 10)
 PROBLEM = Problem("cuda", 0, BF16, F32, 8192, 4096, 4096, 16, True)
 # Kernels beside another that serves every problem: no rule may hold.
-OPTIONAL = ("grad_s_b", "extended_gemm_tma", "extended_gemm_persistent", "single_pass", "product_tma", "group_grad_s_b")
+OPTIONAL = (
+    "grad_s_b", "extended_gemm_tma", "extended_gemm_persistent", "single_pass", "product_tma", "group_grad_s_b",
+    "extended_gemm_specialized", "expert_gemm_tma",
+)  # fmt: skip
 
 
 @pytest.fixture
