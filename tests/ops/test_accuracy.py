@@ -18,7 +18,7 @@ NEW_OPS = pytest.mark.parametrize("backend", across(*NEW), indirect=True)
 RANKED = pytest.mark.parametrize(
     "backend", across("lora_linear", *(op for op in NEW if op != "gated_activation")), indirect=True
 )
-RULE_SIZE = (130, 66, 403, 36)
+RULE_SIZE = (70, 66, 301, 36)
 OF_AN_X = pytest.mark.parametrize("backend", across(*LINEAR), indirect=True)
 
 
