@@ -47,19 +47,20 @@ class WeightNorms:
             return None
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        key = (*_state(weight), *_state(lora_A), *_state(lora_B), scaling)
+        stream = _stream(weight)
+        key = (stream, *_state(weight), *_state(lora_A), *_state(lora_B), scaling)
         if not training and self._sum is not None and self._sum[0] == key:
             return self._sum[1]
         # Not inference tensors even if made under torch.inference_mode, so that a later call can save them.
         with torch.inference_mode(False), torch.no_grad():
-            squared = None if weight.requires_grad else self._weight_norm_squared(weight)
+            squared = None if weight.requires_grad else self._weight_norm_squared(weight, stream)
             norm = functional.dora_weight_norm(weight, lora_A, lora_B, scaling=scaling, weight_norm_squared=squared)
         if not training:
             self._sum = key, norm
         return norm
 
-    def _weight_norm_squared(self, weight: Tensor) -> Tensor:
-        key, known = _state(weight), self._squared
+    def _weight_norm_squared(self, weight: Tensor, stream: int) -> Tensor:
+        key, known = (stream, *_state(weight)), self._squared
         if known is not None and known[0] == key:
             return known[1]
         squared = row_norm(weight).square_()
@@ -75,6 +76,11 @@ def row_norm(weight: Tensor) -> Tensor:
 
 def _is_traceable(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN and not tensor.is_inference()
+
+
+def _stream(tensor: Tensor) -> int:
+    """What is kept serves the stream that computed it: others would have to wait for it, and nobody tells them."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def _state(tensor: Tensor) -> tuple:

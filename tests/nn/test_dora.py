@@ -218,6 +218,41 @@ class TestNorms:
             assert relative_error(layer(x), composition(layer, x)) < 1e-6
 
 
+@pytest.mark.gpu
+class TestNormsOnAGpu:
+    def test_another_stream_does_not_read_a_norm_that_is_still_being_computed(self):
+        layer, x = trained(k=512, n=512).cuda().eval(), torch.randn(64, 512, device="cuda")
+        expected = composition(layer, x)
+        layer.eval()
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(100_000_000)
+            layer(x)
+        with torch.cuda.stream(second):
+            y = layer(x)
+        torch.cuda.synchronize()
+        assert relative_error(y, expected) < 1e-5
+
+    def test_a_captured_graph_follows_the_weights(self):
+        layer, x = trained(k=64, n=64).cuda().eval(), torch.randn(64, 64, device="cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            layer(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = layer(x)
+        with torch.no_grad():
+            layer.lora_B.mul_(1.5)
+            layer.weight.mul_(0.5)
+        layer(x)  # replaces what was kept
+        graph.replay()
+        torch.cuda.synchronize()
+        assert relative_error(y, composition(layer, x)) < 1e-5
+
+
 class TestMerge:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
     def test_computes_the_same_within_rounding(self, dtype):
