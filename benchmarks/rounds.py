@@ -71,10 +71,10 @@ def _run(benchmark, spec: Spec, mode: str, peer: Peer) -> None:
     benchmark.group = f"{spec.label} {mode}"
     benchmark.extra_info.update(facts(peer, spec, mode, compared, watch))
     benchmark.pedantic(measure, setup=measure_others, rounds=ROUNDS, warmup_rounds=1)
-    for name, samples in pairs.items():
-        ratio = compare.of_pairs(list(zip(own, samples, strict=True))[1:])
-        benchmark.extra_info[f"ratio_to_{name}"] = ratio.rounded()
     if not benchmark.disabled:
+        for name, samples in pairs.items():
+            ratio = compare.of_pairs(list(zip(own, samples, strict=True))[1:])
+            benchmark.extra_info[f"ratio_to_{name}"] = ratio.rounded()
         benchmark.extra_info["percent_of_floor"] = round(
             100 * benchmark.extra_info["floor_s"] / benchmark.stats.stats.median, 1
         )
