@@ -22,7 +22,6 @@ LAUNCHES = (
     ("dX, dropout", "extended_gemm_tma", "dX", True, 16),
     ("y", "extended_gemm_tma", "y", False, 16),
     ("dX", "extended_gemm_tma", "dX", False, 16),
-    ("dX, dropout", "extended_gemm_tma", "dX", True, 16),
     ("dX, dropout", "extended_gemm_tma", "dX", True, 128),
     ("y", "extended_gemm", "y", False, 16),
     ("dX", "extended_gemm", "dX", False, 16),

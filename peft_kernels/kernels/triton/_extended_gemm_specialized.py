@@ -31,6 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from peft_kernels.tuning.configs import ExtendedGemm
 
 _SWIZZLE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name in Triton 3.6
 PRODUCER_WARPS, PRODUCER_REGISTERS = 1, 24
 
 
@@ -120,12 +121,12 @@ def _consume(
             total = warpgroup_mma(x_ring.index(slot), right, total, is_async=True)
             total = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(total,)))
             if k > 0:  # the step before this one is done
-                gl.barrier()
+                _barrier()
                 mbarrier.arrive(empty.index(previous), count=1)
             previous = slot
             slot, phase = _next(slot, phase, STAGES)
         product = warpgroup_mma_wait(0, deps=(total,))
-        gl.barrier()
+        _barrier()
         mbarrier.arrive(empty.index(previous), count=1)
         for _ in range(0, R, BLOCK_K):
             mbarrier.wait(full.index(slot), phase)
@@ -134,7 +135,7 @@ def _consume(
                 right = right.permute((1, 0))
             left = (x_ring.index(slot).load(LEFT).to(gl.float32) * factor).to(out.dtype)
             product = warpgroup_mma(left, right, product)
-            gl.barrier()
+            _barrier()
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = _next(slot, phase, STAGES)
         if OVERLAP and tile + 2 * programs >= tiles:
@@ -144,10 +145,10 @@ def _consume(
             values = gl.load(bias + columns * stride_bias, mask=columns < N, other=0.0)
             product += gl.expand_dims(values.to(gl.float32), 0)
         tma.store_wait(0)  # of the tile before: until here its copy had time
-        gl.barrier()
+        _barrier()
         out_tile.store(product.to(out.dtype))
         fence_async_shared()
-        gl.barrier()
+        _barrier()
         tma.async_copy_shared_to_global(out, [row, column], out_tile)
     tma.store_wait(0)
 
