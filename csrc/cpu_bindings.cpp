@@ -151,6 +151,20 @@ void small_backward(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int a
                       {{pointer(grad_x), k, dtype}, {pointer(grad_A), k, adapter_dtype}, {pointer(grad_B), r, adapter_dtype}});
 }
 
+void gated_forward_call(int64_t rows, int64_t columns, int dtype, int activation, uintptr_t gate, int64_t gate_stride,
+                        uintptr_t up, int64_t up_stride, uintptr_t out, int threads) {
+  gated_forward(rows, columns, activation, {pointer(gate), gate_stride, dtype}, {pointer(up), up_stride, dtype},
+                {pointer(out), columns, dtype}, threads);
+}
+
+void gated_backward_call(int64_t rows, int64_t columns, int dtype, int activation, uintptr_t grad_h, int64_t grad_stride,
+                         uintptr_t gate, int64_t gate_stride, uintptr_t up, int64_t up_stride, uintptr_t grad_gate,
+                         uintptr_t grad_up, int threads) {
+  gated_backward(rows, columns, activation, {pointer(grad_h), grad_stride, dtype}, {pointer(gate), gate_stride, dtype},
+                 {pointer(up), up_stride, dtype}, {pointer(grad_gate), columns, dtype},
+                 {pointer(grad_up), columns, dtype}, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -167,6 +181,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lora_backward", &lora_backward, unlocked);
   m.def("lora_group_forward", &group_forward, unlocked);
   m.def("lora_group_backward", &group_backward, unlocked);
+  m.def("gated_forward", &gated_forward_call, unlocked);
+  m.def("gated_backward", &gated_backward_call, unlocked);
   m.def("lora_small_forward", &small_forward);
   m.def("lora_small_backward", &small_backward);
 }

@@ -76,4 +76,14 @@ struct SmallGradients {
 void lora_small_forward(const SmallLayer& layer);
 void lora_small_backward(const SmallLayer& layer, const SmallGradients& grads);
 
+// The values are part of the binding: kernels/cpu/gated_activation.py maps names to them.
+enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+
+// out = act(gate) * up; grad_gate = grad_h * up * act'(gate), grad_up = grad_h * act(gate). All [rows, columns] in one
+// dtype.
+void gated_forward(int64_t rows, int64_t columns, int activation, Matrix gate, Matrix up, Matrix out, int threads);
+void gated_backward(int64_t rows, int64_t columns, int activation, Matrix grad_h, Matrix gate, Matrix up,
+                    Matrix grad_gate, Matrix grad_up, int threads);
+
+
 }  // namespace peft_kernels

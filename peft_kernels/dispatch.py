@@ -32,7 +32,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "lora_linear_group": ("triton", "cpu", "composed", "reference"),
     "dora_linear": ("composed", "reference"),
     "dora_weight_norm": ("composed", "reference"),
-    "gated_activation": ("triton", "composed", "reference"),
+    "gated_activation": ("triton", "cpu", "composed", "reference"),
     "lora_swiglu_mlp": ("composed", "reference"),
     "lora_embedding": ("composed", "reference"),
     "lora_expert_linear": ("triton", "composed", "reference"),
