@@ -66,13 +66,26 @@ SPACES: dict[str, Space] = {
     "philox_dropout": Space((("block", (1024, 2048, 4096)), ("block_k", (256, 512, 1024)), _WARPS)),
     "splitk_reduce": Space((("block", (256, 512, 1024)), ("unroll", (4, 8, 16)), _WARPS)),
     "down_projection": Space(
-        (("block_m", (16, 32, 64, 128)), ("block_k", (32, 64, 128, 256)), _WARPS, _STAGES, _PROGRAMS),
+        (
+            ("block_m", (16, 32, 64, 128)),
+            ("block_k", (32, 64, 128, 256)),
+            _WARPS,
+            _STAGES,
+            _PROGRAMS,
+            ("splits", (1, 64)),
+        ),
         ("programs",),
         (("block_m", "block_k"), ("block_k", "block_r")),
     ),
     "extended_gemm": _gemm(optional=False),
     "extended_gemm_tma": _gemm(),
     "extended_gemm_persistent": _gemm(("parts", (1, 2, 4))),
+    "single_pass": Space(
+        (("block_n", (32, 64, 128)), ("block_k", (64, 128)), _WARPS, _STAGES, _PROGRAMS),
+        ("programs",),
+        (("block_n", "block_k"), ("block_r", "block_k")),
+        optional=True,
+    ),
     "grad_s_b": Space(
         (("block_m", (64, 128, 256)), ("block_n", (32, 64, 128)), _WARPS, _STAGES, _PROGRAMS),
         ("programs",),
