@@ -19,7 +19,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
     subclass that overrides `forward`. state_dict, optimizers, saving, loading, merging, adding and switching adapters
     work as before. Supported are linear layers (also Conv1D) and embeddings, with one or several active adapters,
     rsLoRA, `lora_bias`, trained biases, frozen A or B, MiCA, DoRA (one base matmul instead of two or three) and
-    activated LoRA (a mask instead of a gather). What is not supported (`Report` says what and why) runs PEFT's own code,
+    activated LoRA (a mask, no gather). What is not supported (`Report` says what and why) runs PEFT's own code,
     decided at every call, and each reason is logged once, as a warning of the logger "peft_kernels".
 
     Numbers equal PEFT's up to rounding, with three differences by design: float32 adapters beside a 16-bit base weight
@@ -36,7 +36,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
         groups: compute layers together that the model calls on one x, such as q/k/v: x is read and kept once for all
             (`functional.lora_linear_group`). And compute gated feed-forward blocks whole, whose class changes as well
             (`functional.lora_swiglu_mlp`). Which these are is read off the source of the parents' `forward`; hooks run
-            as before. Not under `torch.compile`, where layers are computed one by one, but blocks whole.
+            as before. Not for problems so small that a CPU takes longer so; and under `torch.compile` blocks only.
 
     Returns:
         A `Report` that prints as a table of the layers.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from peft_kernels import functional
+from peft_kernels.integrations._peft_groups import is_small
 from peft_kernels.integrations._peft_linear import FusedPeftLinear
 from peft_kernels.integrations._peft_objections import PLAIN, full_name, has_hooks, is_fsdp
 from peft_kernels.integrations._peft_operands import Several, operands
@@ -132,6 +133,8 @@ def _operands(module: FusedGatedMLP, x: Tensor) -> tuple[str, list[tuple]] | Non
     if len({lora_A.dtype for lora_A in lora_As if lora_A is not None}) != 1:
         return None  # no adapter, or of several dtypes
     if any(weight.dtype != weights[0].dtype or weight.device != x.device for weight in weights):
+        return None
+    if not torch.compiler.is_compiling() and is_small(x, weights[0]):
         return None
     return activation, parts
 

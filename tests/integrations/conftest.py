@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("peft", reason="needs Hugging Face PEFT: pip install 'peft-kernels[peft]'")
 
 from peft_kernels import functional
+from peft_kernels.integrations import _peft_groups
 
 OPS = [name for name in functional.__all__ if "lora" in name or name == "dora_linear"]
 
@@ -47,3 +48,11 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     for name in OPS:
         monkeypatch.setattr(functional, name, calls.watch(name, getattr(functional, name)))
     return calls
+
+
+@pytest.fixture(scope="session", autouse=True)
+def together_at_any_size() -> Iterator[None]:
+    """Groups and whole blocks although the tests' tensors are small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_peft_groups, "SMALL_ON_CPU", 0)
+        yield

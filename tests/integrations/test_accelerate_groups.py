@@ -90,6 +90,22 @@ def test_groups_can_be_switched_off(fused):
     assert "_peft_kernels_place" not in inner(model).q.__dict__
 
 
+def test_small_problems_on_a_cpu_are_computed_one_by_one(monkeypatch, fused):
+    """Where handing over takes longer than it saves; decided by the shape alone, so that a checkpoint agrees."""
+    model, stock, report = pair()
+    llama_model = transformer(llama)
+    accelerate(llama_model)
+    monkeypatch.setattr(_peft_groups, "SMALL_ON_CPU", 5 * 24 * 16)
+    assert_close(model, stock, features(5, 24))
+    assert fused.ops() == ONE
+    assert_close(model, stock, features(4, 24))
+    assert fused.ops() == SINGLY
+    monkeypatch.setattr(_peft_groups, "SMALL_ON_CPU", 1 << 25)
+    llama_model(**tokens(llama_model))
+    assert fused.ops() == {"lora_linear": 14}
+    assert report.calls.ended == {}
+
+
 @pytest.mark.parametrize("targets", [["q", "v"], ["q", "k", "v"]], ids=str)
 def test_only_adapted_projections_are_members(targets, fused):
     model, stock, _ = pair(target_modules=targets)
