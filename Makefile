@@ -1,6 +1,6 @@
 # make demo    train a real pretrained encoder with LoRA beside stock PEFT, on this machine
 # make test    all tests        make lint   what CI checks first
-# make bench   CPU benchmarks   make gpu    build, tests and benchmarks on an NVIDIA GPU, within 9 minutes
+# make bench   CPU benchmarks   make gpu    build, tests, tuning and benchmarks on an NVIDIA GPU, within 9 minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,13 +35,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A missed bar is printed and does not stop the rest.
 bench: setup
 	mkdir -p "$(RESULTS)"
 	for file in benchmarks/bench_*.py; do \
 	  $(BIN)/python -m pytest $$file -q --benchmark-json="$(RESULTS)/$$(basename $$file .py).json" || exit 1; \
 	done
-	$(BIN)/python -m benchmarks.host_time --json "$(RESULTS)/host_time.json"
+	-$(BIN)/python -m benchmarks.host_time --json "$(RESULTS)/host_time.json"
+	-$(BIN)/python -m benchmarks.block_memory --json "$(RESULTS)/block_memory.json"
 	$(BIN)/python -m benchmarks.report "$(RESULTS)"/bench_*.json
+	$(BIN)/python -m benchmarks.charts "$(RESULTS)/bench_sweep.json"
 
 # Takes the python on the PATH with whatever it has and installs nothing: a GPU machine may have no network.
 gpu:

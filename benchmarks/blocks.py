@@ -144,6 +144,12 @@ def _compiled(case: Case) -> Layer:
     return _layer(case, functools.partial(peers.compiled_call(), block), block.leaves)
 
 
+def _compiled_reason(spec: Spec) -> str | None:
+    if spec.device == "cpu":
+        return "compiled on a GPU only, to bound the time that compiling takes"
+    return peers.installed("peft")(spec)
+
+
 def _frozen(case: Case) -> Layer:
     layers = [functools.partial(F.linear, weight=weight) for weight in matrices(case, "weight")]
     return _layer(case, functools.partial(combine, case.op, layers), {"x": case.leaves()["x"]})
@@ -209,7 +215,7 @@ def _backend_peer(backend: str) -> Peer:
 PEERS = (
     FROZEN,
     PEFT,
-    Peer("peft compiled", _compiled, peers.compiled_reason),
+    Peer("peft compiled", _compiled, _compiled_reason),
     AUTO,
     *map(_backend_peer, ("composed", "triton", "cuda", "cpu", "reference")),
     Peer("ours, one by one", _ours_separate, _separate_reason, accuracy=1.2),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in under 9 minutes, with the active python and nothing installed: build,
-# correctness, benchmarks. Each part has its own time limit and writes its results when it ends, so that a failure or
+# correctness, tuning, benchmarks. Each part has its own time limit and writes its results when it ends, so that a failure or
 # a run cut short leaves what came before. With OUT set, every result file is copied there too.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +10,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_
 "$PYTHON" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make gpu: torch sees no NVIDIA GPU")' || exit 1
 RESULTS=$("$PYTHON" -m benchmarks.provenance) || exit 1
 mkdir -p "$RESULTS"
+# What is tuned here is in force for the benchmarks after it, and belongs to the results.
+export PEFT_KERNELS_TUNING=$PWD/$RESULTS/tuning
 LOG=$RESULTS/gpu.log
 PARTS=$RESULTS/parts.txt
 : >"$LOG"
@@ -17,7 +19,8 @@ PARTS=$RESULTS/parts.txt
 failed=0
 
 keep() {
-  if [ -n "${OUT:-}" ]; then cp "$RESULTS"/*.json "$RESULTS"/*.txt "$RESULTS"/*.log "$RESULTS"/*.md "$OUT"/ 2>/dev/null; fi
+  if [ -n "${OUT:-}" ]; then cp "$RESULTS"/*.json "$RESULTS"/*.txt "$RESULTS"/*.log "$RESULTS"/*.md \
+    "$RESULTS"/*.png "$PEFT_KERNELS_TUNING"/*.json "$OUT"/ 2>/dev/null; fi
 }
 
 # part NAME SECONDS COMMAND...: interrupted at its limit, so that pytest still writes what it has.
@@ -32,23 +35,32 @@ part() {
   keep
 }
 
-# bench NAME SECONDS EXPRESSION: the peers whose test ids match, into a file of their own.
+# bench NAME SECONDS FILES EXPRESSION: the rows of benchmarks/bench_FILES.py whose ids match, into a file of their own.
 bench() {
-  part "$1" "$2" "$PYTHON" -m pytest benchmarks/bench_lora_linear.py -q -p no:cacheprovider -k "$3" \
-    --benchmark-columns=median,iqr,rounds --benchmark-json="$RESULTS/bench_lora_linear_$1.json"
+  local files=() file
+  for file in $3; do files+=("benchmarks/bench_$file.py"); done
+  part "$1" "$2" "$PYTHON" -m pytest "${files[@]}" -q -p no:cacheprovider -k "$4" \
+    --benchmark-columns=median,iqr,rounds --benchmark-json="$RESULTS/bench_$1.json"
 }
 
 tests() {
   part "$1" "$2" "$PYTHON" -m pytest "${@:3}" -q -m gpu -p no:cacheprovider -n 6 --dist loadgroup
 }
 
-part build 80 "$PYTHON" setup.py build_ext --inplace
-part doctor 30 "$PYTHON" -m peft_kernels.cli.main doctor
-tests gpu_tests 95 tests/gpu
-tests op_tests 80 tests/ops
-bench libraries 130 'not compiled and not unsloth and not lorafusion'
-bench compiled 60 'compiled and r16'
-bench others 25 'unsloth or lorafusion'
-part report 20 "$PYTHON" -m benchmarks.report "$RESULTS"/bench_*.json --output "$RESULTS/report.md"
+BLOCKS="dora_linear lora_linear_group lora_swiglu_mlp"
+
+part build 65 "$PYTHON" setup.py build_ext --inplace
+part doctor 20 "$PYTHON" -m peft_kernels.cli.main doctor
+tests gpu_tests 85 tests/gpu
+tests op_tests 55 tests/ops
+part tune 90 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --preset small --minutes 1.2
+bench lora_linear 75 lora_linear 'not compiled and not unsloth and not lorafusion and not reference'
+bench blocks 45 "$BLOCKS" 'not compiled and not unsloth and not liger and not reference'
+bench sweep 30 sweep 'test_sweep'
+bench compiled 25 lora_linear 'compiled and M8192 and r16 and p0-'
+bench others 15 "lora_linear $BLOCKS" 'unsloth or lorafusion or liger'
+part memory 15 "$PYTHON" -m benchmarks.block_memory --json "$RESULTS/block_memory.json"
+part report 10 sh -c '"$0" -m benchmarks.report "$1"/bench_*.json --output "$1/report.md" &&
+  "$0" -m benchmarks.charts "$1/bench_sweep.json" --output "$1"' "$PYTHON" "$RESULTS"
 cat "$PARTS"
 exit $failed

@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: no speed for a wrong result, honest ratios, stale marks, no host name in a result."""
+"""The benchmarks' own logic: no speed for a wrong result, honest ratios, stale marks, charts of what was measured."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import compare, gate, memory, peers, provenance, report, timing
+from benchmarks import block_memory, blocks, charts, compare, gate, memory, peers, provenance, report, rounds, timing
 from benchmarks.peers import AUTO, FROZEN, PEERS, PEFT
-from benchmarks.problems import FORWARD, FORWARD_BACKWARD, Ceilings, Spec
+from benchmarks.problems import FORWARD, FORWARD_BACKWARD, Ceilings, Spec, block_specs, sweep_specs
 from peft_kernels import dispatch
 from peft_kernels._table import table
 
@@ -48,6 +48,61 @@ def test_the_gate_lets_right_results_pass(peer, spec):
 @pytest.mark.parametrize("name", ["peft", "peft autocast", "ours (composed)"])
 def test_the_gate_with_16_bit_weights(name):
     assert gate.check(peers.by_name(name), MIXED) == "exact mask"
+
+
+BLOCKS = [Spec(48, 64, 96, 12, op=op) for op in blocks.OPS]
+BLOCKS += [Spec(48, 64, 96, 12, dropout_p=0.25, op=op) for op in blocks.OPS]
+BLOCKS += [Spec(96, 64, 96, 8, torch.bfloat16, torch.float32, op=op) for op in blocks.OPS]
+
+
+@pytest.mark.parametrize("spec", BLOCKS, ids=lambda spec: spec.label)
+def test_the_gate_lets_right_blocks_pass(spec):
+    """Whoever can run here is right; ours with the very dropout mask, others' masks are not known."""
+    checked = {peer.name: gate.check(peer, spec) for peer in blocks.PEERS if peer.unavailable(spec) is None}
+    assert {"frozen", "peft", "ours (auto)", "ours (composed)", "ours (reference)", "peft accelerated"} <= set(checked)
+    assert checked["ours (auto)"] == checked["ours (composed)"] == "exact mask"
+    assert checked["peft"] == ("at dropout 0" if spec.dropout_p else "exact mask")
+    assert ("ours, one by one" in checked) == (spec.op != "dora_linear")
+
+
+@pytest.mark.parametrize("op", blocks.OPS)
+@pytest.mark.parametrize("spoiled", ["forward", "backward"])
+def test_the_gate_refuses_a_wrong_block(monkeypatch, op, spoiled):
+    """Any one result of ours is off by 1 %."""
+    module = dispatch.implementation(op, "composed")
+    right = getattr(module, spoiled)
+
+    def wrong(*arguments):
+        return _spoil(right(*arguments))
+
+    monkeypatch.setattr(module, spoiled, wrong)
+    spec = Spec(48, 64, 96, 12, op=op)
+    with pytest.raises(gate.WrongResult, match=r"ours \(composed\) is wrong.*not timed"):
+        gate.check(next(peer for peer in blocks.PEERS if peer.name == "ours (composed)"), spec)
+    gate.check(blocks.PEFT, spec)
+
+
+def _spoil(results):
+    """The first tensor of a nesting times 1.01."""
+    if isinstance(results, torch.Tensor):
+        return results * 1.01
+    first, *others = results
+    return (_spoil(first), *others)
+
+
+def test_another_mask_than_the_seed_s_is_refused(monkeypatch):
+    module = dispatch.implementation("dora_linear", "composed")
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *a: forward(*a[:-1], a[-1] + 1))
+    with pytest.raises(gate.WrongResult, match="not timed"):
+        gate.check(blocks.AUTO, Spec(48, 64, 96, 12, dropout_p=0.25, op="dora_linear"))
+
+
+def test_every_block_peer_is_runnable_or_says_why_not():
+    for spec in (spec for op in blocks.OPS for spec in block_specs(op)):
+        for peer in blocks.PEERS:
+            reason = peer.unavailable(spec)
+            assert reason is None or len(reason) > 10, f"{peer.name}: {reason!r}"
 
 
 @pytest.mark.parametrize("spoiled", ["y", "lora_A", "lora_B", "x"])
@@ -156,6 +211,21 @@ def test_floor():
     assert spec.floor(FORWARD_BACKWARD, ceilings) == pytest.approx((351 + 353) * 1e-6, rel=0.005)
     decode = Spec(1, 4096, 4096, 16, torch.bfloat16, torch.bfloat16)
     assert decode.floor(FORWARD, ceilings) == pytest.approx(decode.bytes(FORWARD) / 4.3e12)
+
+
+def test_floor_of_blocks():
+    """A group and an MLP need what their layers need, but x is read once."""
+    layer, group, mlp = (Spec(64, 32, 48, 4, op=op) for op in ("lora_linear", "lora_linear_group", "lora_swiglu_mlp"))
+    assert Spec(64, 32, 48, 4, op="dora_linear").flop(FORWARD) == layer.flop(FORWARD) == 2 * 64 * (32 * 48 + 4 * 80)
+    assert group.layers == ((32, 48), (32, 12), (32, 12))
+    assert group.flop(FORWARD) == sum(2 * 64 * (32 * n + 4 * (32 + n)) for n in (48, 12, 12))
+    assert mlp.flop(FORWARD_BACKWARD) == 3 * (2 * 2 * 64 * 32 * 48 + 3 * 2 * 64 * 4 * 80)
+    assert group.bytes(FORWARD) == 4 * (64 * 32 + 32 * 72 + 64 * 72 + 4 * (3 * 32 + 72))
+    labels = [spec.label for spec in (layer, group, mlp, *sweep_specs())]
+    assert len(set(labels)) == len(labels)
+    for spec in (layer, group, mlp):
+        assert rounds.peers_of(spec).AUTO.unavailable(spec) is None
+        assert peers.chosen_backend(spec).op == spec.op
 
 
 class Scripted:
@@ -274,6 +344,87 @@ def test_foreign_peers_are_never_stale(tmp_path):
 def test_report_plots(tmp_path):
     target = report.plot(report.load(recorded(tmp_path)), tmp_path / "plots")
     assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def swept(tmp_path, name="bench_sweep.json") -> Path:
+    """A result file over M at r = 16 and over r at M = 512; ours adds r % and PEFT 2 r %, the frozen layer nothing."""
+    sizes = [(m, 16) for m in (1, 64, 512)] + [(512, r) for r in (4, 64)]
+    content = json.loads(recorded(tmp_path).read_text())
+    (row,) = content["benchmarks"]
+    content["benchmarks"] = []
+    for (m, r), (peer, factor) in ((s, p) for s in sizes for p in (("frozen", 0), ("peft", 2), ("ours (auto)", 1))):
+        ratio = {"ratio": 1 + factor * r / 100, "low": 1.0, "high": 2.0, "best": 1.0}
+        info = row["extra_info"] | {
+            "peer": peer, "m": m, "k": 64, "n": 64, "r": r, "dropout_p": 0.0, "ratio_to_frozen": ratio,
+        }  # fmt: skip
+        content["benchmarks"].append({"stats": row["stats"], "extra_info": info})
+    path = tmp_path / name
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_charts_show_what_was_measured(tmp_path, monkeypatch):
+    path, drawn = swept(tmp_path), {}
+
+    def note(panel, peer, rows, axis):
+        drawn[peer, axis] = [(row.info[axis], round(row.info["ratio_to_frozen"]["ratio"], 6)) for row in rows]
+        line(panel, peer, rows, axis)
+
+    line = charts._line
+    monkeypatch.setattr(charts, "_line", note)
+    assert charts.main([str(path), "--output", str(tmp_path / "images")]) == 0
+    (image,) = (tmp_path / "images").iterdir()
+    assert image.name == f"overhead-{tmp_path.name}.png"
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert drawn == {
+        ("peft", "m"): [(1, 1.32), (64, 1.32), (512, 1.32)],
+        ("ours (auto)", "m"): [(1, 1.16), (64, 1.16), (512, 1.16)],
+        ("peft", "r"): [(4, 1.08), (16, 1.32), (64, 2.28)],
+        ("ours (auto)", "r"): [(4, 1.04), (16, 1.16), (64, 1.64)],
+    }
+
+
+def test_a_chart_needs_sizes(tmp_path, capsys):
+    assert charts.main([str(recorded(tmp_path)), "--output", str(tmp_path)]) == 1
+    assert "no row with sizes and a ratio to the frozen layer" in capsys.readouterr().err
+
+
+def test_memory_of_blocks():
+    """Two small blocks: with dropout PEFT keeps masks and copies of every x, ours neither; both peaks hold what is
+    kept."""
+    size = block_memory.Size(tokens=64, hidden=32, intermediate=64, heads=4, kv_heads=2, layers=2)
+    records = block_memory.measure(size, "cpu", torch.float32)
+    found = {(record.peer, record.dropout_p): record for record in records}
+    inputs = 2 * 4 * 64 * (6 * 32 + 64)  # bytes of the inputs of seven layers in two blocks
+    growth = found["peft", 0.05].kept_bytes - found["peft", 0.0].kept_bytes
+    assert growth >= 1.25 * inputs, "a copy of each, and a mask of at least one byte an element"
+    for peer in (block_memory.ACCELERATED, block_memory.OURS):
+        assert found[peer, 0.05].kept_bytes - found[peer, 0.0].kept_bytes < 1000, "seeds"
+        assert found[peer, 0.0].kept_bytes <= found["peft", 0.0].kept_bytes
+        assert block_memory.missing(records, peer) < 0.1 * growth
+    assert all(record.peak_bytes >= record.kept_bytes - 4 * 64 * 32 for record in records), "x was there before"
+
+
+def test_memory_of_a_wrong_model_is_not_measured(monkeypatch):
+    accelerate = block_memory.peft_kernels.accelerate
+
+    def wrong(model):
+        accelerate(model)
+        next(p for n, p in model.named_parameters() if "lora_B" in n).data.mul_(1.01)
+
+    monkeypatch.setattr(block_memory.peft_kernels, "accelerate", wrong)
+    with pytest.raises(AssertionError, match="peft accelerated is wrong"):
+        block_memory.measure(block_memory.Size(64, 32, 64, 4, 2, 2), "cpu", torch.float32)
+
+
+def test_bytes_of_a_step():
+    def step():
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        b = torch.empty(1 << 20, dtype=torch.uint8)
+        del a, b
+        return torch.empty(1 << 19, dtype=torch.uint8)
+
+    assert memory.peak_bytes(step, "cpu") == pytest.approx(2 << 20, rel=0.01)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmarks": [{"stats": {}}]}'])
