@@ -86,7 +86,7 @@ def _fits(x: Tensor, w: Tensor) -> bool:
     if x.dtype.itemsize != 2 or w.shape[0] == 0:
         return False
     expert = w[0]
-    return rows_fit(x) and (rows_fit(expert) or rows_fit(expert.t())) and 0 < w.stride(0) and w.stride(0) % 8 == 0
+    return rows_fit(x) and (rows_fit(expert) or rows_fit(expert.t())) and w.stride(0) > 0 and w.stride(0) % 8 == 0
 
 
 def _descriptors(x: Tensor, w: Tensor, config: ExtendedGemm) -> tuple[TensorDescriptor, TensorDescriptor]:

@@ -1,10 +1,10 @@
 """Which rows belong to which expert, found on the GPU: the host never reads the offsets.
 
 Tiles of BLOCK_M rows are numbered so that no scan is needed: expert e, which owns the rows from start_e on, has the
-numbers from start_e // BLOCK_M + e on. These grow with e, and the next expert's is never too low, because the rows from
-start_e up to end_e need at most end_e // BLOCK_M - start_e // BLOCK_M + 1 tiles. A program finds its expert by bisection
-(7 loads for 64 experts, of two cache lines), and returns where its number was not needed. The rows from the last offset
-on count as one more expert, whose results are 0.
+numbers from start_e // BLOCK_M + e on. These grow with e and suffice, because the rows from start_e up to end_e need at
+most end_e // BLOCK_M - start_e // BLOCK_M + 1 tiles. A program finds its expert by bisection (7 loads for 64 experts,
+from two cache lines) and returns where its number was not needed. The rows from the last offset on count as one more
+expert, whose results are 0.
 
 Offsets are not checked here; each is clamped to [0, M], so that wrong ones make wrong results but no wrong access.
 """

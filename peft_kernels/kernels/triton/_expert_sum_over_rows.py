@@ -33,8 +33,8 @@ def expert_sum_over_rows(
     transposed: bool = False,
     precision: str | None = None,
 ) -> Tensor:
-    """scaling · low_eᵀ drop(x)_e over the rows of each expert, for low [M, r] and x [M, K] of one dtype and any strides;
-    [E, r, K] in `dtype`, or transposed, [E, K, r], contiguous either way; 0 for experts without rows.
+    """scaling · low_eᵀ drop(x)_e over the rows of each expert e, for low [M, r] and x [M, K] of one dtype and any
+    strides; [E, r, K] in `dtype`, or its transpose [E, K, r], contiguous either way; 0 for experts without rows.
 
     Args:
         offsets: int32 [E], contiguous.

@@ -1,5 +1,5 @@
-"""`lora_expert_linear` in fused Triton kernels that find the rows of each expert on the GPU: nothing is read back to the
-host, so that the op can be captured in a CUDA graph, as `composed` cannot.
+"""`lora_expert_linear` in fused Triton kernels that find the rows of each expert on the GPU: the host reads nothing
+back, so that the op can be captured in a CUDA graph, as `composed` cannot.
 
 Forward: S = drop(x) A_eᵀ, then y as one grouped GEMM with an extra K step. Backward: dS, dX as one such GEMM, dA and dB
 by walking the rows of each expert. dW and dbias, rarely wanted, are the same walk.
