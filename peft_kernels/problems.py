@@ -6,6 +6,8 @@ the implementations with it, `tuning.search` measures them on the same problems.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -21,6 +23,7 @@ from peft_kernels.kernels.reference import philox_dropout as philox_reference
 
 SCALING = 1.5
 SEED = 11
+EXPERTS = 8
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -105,6 +108,9 @@ class Draw:
         values = torch.randn(*shape, generator=self.generator, device=self.device, dtype=wide)
         return values.mul_(scale).add_(offset).to(dtype)
 
+    def integers(self, end: int, *shape: int) -> Tensor:
+        return torch.randint(end, shape, generator=self.generator, device=self.device)
+
     def seeds(self, *seeds: int) -> Tensor:
         """On the device: a CUDA graph cannot read integers of the host."""
         return torch.tensor(seeds, device=self.device)
@@ -187,7 +193,9 @@ def dora_weight_norm(shape: Shape, draw: Draw) -> Case:
 
     layer = _layer(shape, draw)
     tensors = {name: layer[name] for name in ("weight", "lora_A", "lora_B")}
-    return Case("dora_weight_norm", str(shape), tensors, {"scaling": SCALING}, eager)
+    dtypes = f"{short(shape.dtype)}/{short(shape.adapter_dtype)}"
+    label = f"{shape.k} -> {shape.n}, r={shape.r}, {dtypes}"
+    return Case("dora_weight_norm", label, tensors, {"scaling": SCALING}, eager)
 
 
 def _projections(x: Tensor, t: dict[str, Tensor], indices: Sequence[int], p: float) -> list[Tensor]:
@@ -248,6 +256,56 @@ def gated_activation(shape: Shape, draw: Draw, activation: str = "silu") -> Case
     return Case("gated_activation", label, tensors, {"activation": activation}, eager, ("gate", "up"))
 
 
+def lora_embedding(shape: Shape, draw: Draw) -> Case:
+    """A table of K rows, N wide."""
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        ids = t["input"]
+        update = F.linear(F.embedding(ids, t["lora_A"].t().to(t["weight"].dtype)), t["lora_B"].to(t["weight"].dtype))
+        return F.embedding(ids, t["weight"]) + SCALING * update
+
+    n, k, r = shape.n, shape.k, shape.r
+    tensors = {
+        "input": draw.integers(k, *shape.batch),
+        "weight": draw(shape.dtype, k, n),
+        "lora_A": draw(shape.adapter_dtype, r, k),
+        "lora_B": draw(shape.adapter_dtype, n, r, scale=r**-0.5),
+    }
+    return Case("lora_embedding", str(shape), tensors, {"scaling": SCALING}, eager, ("lora_A", "lora_B"))
+
+
+def expert_rows(rows: int) -> tuple[int, ...]:
+    """How many rows each expert gets: uneven numbers, one expert without any."""
+    share = rows // (EXPERTS - 1)
+    counts = [share + share // 2, share - share // 2, 0] + [share] * (EXPERTS - 3)
+    counts[-1] += rows - sum(counts)
+    return tuple(counts)
+
+
+def lora_expert_linear(shape: Shape, draw: Draw) -> Case:
+    """N by K for each of the experts."""
+    rows, n, k, r = math.prod(shape.batch), shape.n, shape.k, shape.r
+    counts = expert_rows(rows)
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        x, ys = t["x"], []
+        parts = zip(x.split(counts), dropped(x, shape.dropout_p, SEED).split(counts), strict=True)
+        for e, (plain, dropping) in enumerate(parts):
+            update = _low_rank(dropping, t["lora_A"][e], t["lora_B"][e], 0.0, SEED)
+            ys.append(F.linear(plain, t["weight"][e]) + SCALING * update)
+        return torch.cat(ys)
+
+    tensors = {
+        "x": draw(shape.dtype, rows, k),
+        "weight": draw(shape.dtype, EXPERTS, n, k, scale=k**-0.5),
+        "lora_A": draw(shape.adapter_dtype, EXPERTS, r, k, scale=k**-0.5),
+        "lora_B": draw(shape.adapter_dtype, EXPERTS, n, r, scale=r**-0.5),
+        "offsets": draw.seeds(*itertools.accumulate(counts)).to(torch.int32),
+    }
+    options = {"scaling": SCALING, **_options(shape, draw)}
+    return Case("lora_expert_linear", str(shape), tensors, options, eager, ("x", "lora_A", "lora_B"))
+
+
 def philox_dropout(shape: Shape, draw: Draw) -> Case:
     """K wide."""
 
@@ -279,5 +337,7 @@ BUILDERS: dict[str, Callable[[Shape, Draw], Case]] = {
     "dora_weight_norm": dora_weight_norm,
     "lora_swiglu_mlp": lora_swiglu_mlp,
     "gated_activation": gated_activation,
+    "lora_embedding": lora_embedding,
+    "lora_expert_linear": lora_expert_linear,
     "philox_dropout": philox_dropout,
 }
