@@ -63,7 +63,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
         # OpenMP is compiled in but not linked: peft_kernels/_native.py binds it to the runtime that torch has loaded,
         # since a second runtime would bring a second pool of threads.
         sources = ["cpu_bindings.cpp", "philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp"]
-        sources += ["gated_activation.cpp"]
+        sources += ["dora_linear.cpp", "gated_activation.cpp"]
         return sources, {".cpp": [*compile_cxx, "-fopenmp"]}, [cxx, "-shared"]
     nvcc = find("NVCC", "nvcc")
     commands = {

@@ -165,6 +165,19 @@ void gated_backward_call(int64_t rows, int64_t columns, int dtype, int activatio
                  {pointer(grad_up), columns, dtype}, threads);
 }
 
+void dora_scale_call(int64_t rows, int64_t columns, int dtype, uintptr_t u, uintptr_t g, uintptr_t bias, uintptr_t y,
+                     int threads) {
+  dora_scale(rows, columns, {pointer(u), columns, dtype}, static_cast<const float*>(pointer(g)),
+             static_cast<const float*>(pointer(bias)), {pointer(y), columns, dtype}, threads);
+}
+
+void dora_backward_call(int64_t rows, int64_t columns, int dtype, uintptr_t grad_y, int64_t grad_stride, uintptr_t u,
+                        int64_t u_stride, uintptr_t g, uintptr_t grad_u, uintptr_t products, uintptr_t sums, int threads) {
+  dora_backward(rows, columns, {pointer(grad_y), grad_stride, dtype}, {pointer(u), u_stride, dtype},
+                static_cast<const float*>(pointer(g)), {pointer(grad_u), columns, dtype},
+                static_cast<float*>(pointer(products)), static_cast<float*>(pointer(sums)), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -181,6 +194,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lora_backward", &lora_backward, unlocked);
   m.def("lora_group_forward", &group_forward, unlocked);
   m.def("lora_group_backward", &group_backward, unlocked);
+  m.def("dora_scale", &dora_scale_call, unlocked);
+  m.def("dora_backward", &dora_backward_call, unlocked);
   m.def("gated_forward", &gated_forward_call, unlocked);
   m.def("gated_backward", &gated_backward_call, unlocked);
   m.def("lora_small_forward", &small_forward);

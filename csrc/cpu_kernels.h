@@ -86,4 +86,12 @@ void gated_backward(int64_t rows, int64_t columns, int activation, Matrix grad_h
                     Matrix grad_gate, Matrix grad_up, int threads);
 
 
+// y [rows, columns] = u * g + bias, with g and bias (or null) [columns].
+void dora_scale(int64_t rows, int64_t columns, Matrix u, const float* g, const float* bias, Matrix y, int threads);
+
+// grad_u = grad_y * g, products [columns] = sum over rows of grad_y * u, sums [columns] = sum over rows of grad_y, in one
+// pass. grad_u, and u with products, and sums may be null.
+void dora_backward(int64_t rows, int64_t columns, Matrix grad_y, Matrix u, const float* g, Matrix grad_u,
+                   float* products, float* sums, int threads);
+
 }  // namespace peft_kernels

@@ -30,7 +30,7 @@ BACKENDS = ("reference", "composed", "triton", "cuda", "cpu")
 ORDER: dict[str, tuple[str, ...]] = {
     "lora_linear": ("triton", "cpu", "composed", "reference"),
     "lora_linear_group": ("triton", "cpu", "composed", "reference"),
-    "dora_linear": ("composed", "reference"),
+    "dora_linear": ("cpu", "composed", "reference"),
     "dora_weight_norm": ("composed", "reference"),
     "gated_activation": ("triton", "cpu", "composed", "reference"),
     "lora_swiglu_mlp": ("composed", "reference"),

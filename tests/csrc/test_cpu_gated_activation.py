@@ -9,6 +9,7 @@ from torch import Tensor
 from peft_kernels import functional, use_backend
 from peft_kernels.kernels.cpu import gated_activation as cpu_kernel
 from peft_kernels.kernels.reference import gated_activation as reference
+from peft_kernels.ops.gated_activation import Problem
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -28,7 +29,7 @@ def results(kernel, grad_h: Tensor, gate: Tensor, up: Tensor, activation: str) -
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 def test_each_element(width, dtype, activation):
-    """Within 4 eps of the value plus a fifth of |x| or 1: slopes cross zero, and tails follow from rounded exponents."""
+    """Within 4 eps of the value plus a fifth of min(|x|, 1): slopes cross zero, tails have rounded exponents."""
     gate = torch.cat([torch.linspace(-14, 14, 20011), torch.randn(5000), 10.0 ** torch.linspace(-30, 0, 301)]).to(dtype)
     arguments = operands(gate.view(1, -1))
     truth = results(reference, *(t.double() for t in arguments), activation)
@@ -91,3 +92,16 @@ def test_it_is_what_the_op_runs(cpu):
     with use_backend("cpu"):
         h = functional.gated_activation(gate, up, activation="gelu_tanh")
     assert torch.equal(h.view(12, 50), cpu_kernel.forward(gate.view(12, 50), up.view(12, 50), "gelu_tanh"))
+
+
+def test_what_it_leaves_to_others(cpu):
+    problem = problem_of(512, 1024)
+    assert cpu_kernel.unsupported(problem) is None
+    assert cpu_kernel.unproven(problem) is None
+    assert "gate is on cuda" in cpu_kernel.unsupported(problem._replace(device="cuda"))
+    assert "float64" in cpu_kernel.unsupported(problem._replace(dtype=torch.float64))
+    assert "few elements" in cpu_kernel.unproven(problem_of(4, 64))
+
+
+def problem_of(m: int, n: int) -> Problem:
+    return Problem("cpu", None, F32, m, n, "silu")

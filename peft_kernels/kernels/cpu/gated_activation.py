@@ -1,4 +1,13 @@
-"""`gated_activation` by csrc/gated_activation.cpp: one pass each way, in float32 and rounded once."""
+"""`gated_activation` by csrc/gated_activation.cpp: one pass each way, in float32 and rounded once.
+
+Time over that of `composed` (512 x 2816, one thread of an AVX2 server, PyTorch 2.13; the machine was busy with other
+work, and each ratio is the median of pairs that ran one right after the other, in CPU time):
+
+    forward, backward    float32        float16        bfloat16
+    silu                 0.72, 0.37     0.80, 0.44     1.12, 0.71
+    gelu                 0.99, 0.45     0.78, 0.36     0.93, 0.52
+    gelu_tanh            0.30, 0.18     0.36, 0.21     0.53, 0.35
+"""
 
 from __future__ import annotations
 
@@ -18,6 +27,12 @@ def unsupported(problem) -> str | None:
     if problem.dtype not in DTYPES:
         return f"no {problem.dtype}"
     return _native.why_not("_cpu")
+
+
+def unproven(problem) -> str | None:
+    if problem.m * problem.n < 16384:
+        return "PyTorch's kernels are as fast on few elements"
+    return None
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:

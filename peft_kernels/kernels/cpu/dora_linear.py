@@ -1,0 +1,58 @@
+"""`dora_linear` on a CPU: the low-rank half as in `cpu.lora_linear`, and csrc/dora_linear.cpp for the passes over u and
+dY: one forward, y = g ⊙ u + b; one backward, for dY ⊙ g and the sums over rows of dY ⊙ u and of dY."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peft_kernels import _native
+from peft_kernels.kernels.cpu import lora_linear
+from peft_kernels.kernels.cpu.lora_linear import place
+from peft_kernels.kernels.cpu.philox_dropout import row_major
+
+
+def unsupported(problem) -> str | None:
+    return lora_linear.unsupported(problem)
+
+
+def unproven(problem) -> str | None:
+    if problem.r > 64:
+        return "PyTorch's matmuls are faster above rank 64"
+    return None
+
+
+def _float(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float().contiguous()
+
+
+def forward(x, weight, bias, lora_A, lora_B, magnitude, weight_norm, scaling, dropout_p, seed):
+    u, s = lora_linear.forward(x, weight, None, lora_A, lora_B, scaling, dropout_p, seed)
+    g, bias, y = _float(magnitude / weight_norm), _float(bias), torch.empty(u.shape, dtype=u.dtype)
+    _native.load("_cpu").dora_scale(
+        *u.shape, _native.DTYPES[u.dtype], u.data_ptr(), g.data_ptr(), place(bias)[0], y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, s, u
+
+
+def backward(
+    grad_y, x, s, u, weight, lora_A, lora_B, magnitude, weight_norm, scaling, dropout_p, seed, needs
+):  # fmt: skip
+    need_x, need_weight, need_bias, need_a, need_b, need_magnitude = needs
+    linear = (need_x, need_weight, False, need_a, need_b)
+    grad_y, u = row_major(grad_y), row_major(u) if need_magnitude else None
+    (m, n), g = grad_y.shape, _float(magnitude / weight_norm)
+    grad_u = torch.empty(m, n, dtype=grad_y.dtype) if any(linear) else None
+    products = torch.empty(n) if need_magnitude else None
+    sums = torch.empty(n) if need_bias else None
+    _native.load("_cpu").dora_backward(
+        m, n, _native.DTYPES[grad_y.dtype], *place(grad_y), *place(u), g.data_ptr(), place(grad_u)[0],
+        place(products)[0], place(sums)[0], torch.get_num_threads(),
+    )  # fmt: skip
+    grads: tuple[Tensor | None, ...] = (None,) * 5
+    if grad_u is not None:
+        grads = lora_linear.backward(grad_u, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, linear)
+    grad_x, grad_weight, _, grad_a, grad_b = grads
+    grad_magnitude = None if products is None else products.div_(weight_norm).to(magnitude.dtype)
+    return grad_x, grad_weight, sums, grad_a, grad_b, grad_magnitude
