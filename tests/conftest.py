@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from peft_kernels import dispatch
 from tests.backends import Placement
+
+# What the user of this machine has tuned is not what is tested, here and in processes that tests start.
+os.environ["PEFT_KERNELS_TUNING"] = str(Path(__file__).parent / "nothing-tuned")
 
 _PACKAGE = "peft_kernels"
 _NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
