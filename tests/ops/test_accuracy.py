@@ -11,7 +11,7 @@ import torch
 from peft_kernels import use_backend
 from tests.backends import across, on_cpu
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
-from tests.ops.cases import BF16, DTYPES, F16, F32, F64, LINEAR, NEW, dtype_id, problem_of, tiny
+from tests.ops.cases import BF16, DTYPES, F32, F64, LINEAR, NEW, dtype_id, problem_of, tiny
 
 EVERY_OP = pytest.mark.parametrize("backend", across("lora_linear", *NEW), indirect=True)
 NEW_OPS = pytest.mark.parametrize("backend", across(*NEW), indirect=True)
@@ -22,8 +22,13 @@ RULE_SIZE = (70, 66, 301, 36)
 OF_AN_X = pytest.mark.parametrize("backend", across(*LINEAR), indirect=True)
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)], ids=dtype_id)
-@pytest.mark.parametrize("r", [1, 2, 3, 4, 8, 12, 16, 64, 256, 384])
+# 16-bit matmuls of a size that a CPU has not seen are compiled first, which takes most of the time of a small test:
+# few sizes and ranks see all dtypes.
+@pytest.mark.parametrize(
+    ("r", "dtypes"),
+    [(r, (F32, F32)) for r in (1, 2, 3, 4, 8, 12, 16, 64, 256, 384)] + [(r, (BF16, F32)) for r in (1, 3, 12, 384)],
+    ids=lambda value: dtype_id(value) if isinstance(value, tuple) else None,
+)
 @RANKED
 def test_every_rank(backend, r, dtypes):
     problem = problem_of(
@@ -33,9 +38,14 @@ def test_every_rank(backend, r, dtypes):
     assert_within_rounding(problem, problem.run())
 
 
-@pytest.mark.parametrize("dtypes", [*DTYPES, (F32, BF16), (F64, F64)], ids=dtype_id)
 @pytest.mark.parametrize(
-    ("m", "k", "n"), [(4, 1, 1), (5, 1, 31), (7, 48, 1), (129, 17, 101), (66, 67, 5), (130, 129, 65)]
+    ("m", "k", "n", "dtypes"),
+    [
+        (*size, dtypes)
+        for size in ((4, 1, 1), (5, 1, 31), (7, 48, 1), (129, 17, 101), (66, 67, 5), (130, 129, 65))
+        for dtypes in ([*DTYPES, (F32, BF16), (F64, F64)] if size == (66, 67, 5) else [(F32, F32), (F64, F64)])
+    ],
+    ids=lambda value: dtype_id(value) if isinstance(value, tuple) else None,
 )
 @NEW_OPS
 def test_sizes_that_divide_nothing(backend, m, k, n, dtypes):
@@ -159,11 +169,10 @@ def test_batches_of_every_shape(backend, dropout_p, batch):
     assert_within_rounding(problem, result)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @OF_AN_X
-def test_rows_do_not_mix(backend, dtype):
+def test_rows_do_not_mix(backend):
     """Infinity in one row of x reaches that row's result and no other's."""
-    problem = problem_of(backend.op, 10, 31, 18, dtype=dtype, dropout_p=0.2, device=backend.device)
+    problem = problem_of(backend.op, 10, 31, 18, dropout_p=0.2, device=backend.device)
     clean = named(problem.run())
     x = problem.tensors["x"].detach().clone()
     x[2] = float("inf")
@@ -177,11 +186,11 @@ def test_rows_do_not_mix(backend, dtype):
 @pytest.mark.parametrize("op", NEW)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_implementations_agree(op, dropout_p):
-    """One seed, one mask: in float64 all implementations differ in the last bits only."""
+    """One seed, one mask: all implementations differ by the order of their sums only."""
     results = []
     for name in on_cpu(op):
         with use_backend(name):
-            results.append(named(problem_of(op, dropout_p=dropout_p, dtype=F64).run()))
+            results.append(named(problem_of(op, dropout_p=dropout_p).run()))
     assert len(results) >= 2
     for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-4)
