@@ -62,41 +62,56 @@ def _gemm(*more: tuple[str, tuple[int, ...]], optional: bool = True) -> Space:
     return Space((*tiles, _WARPS, _STAGES, *more), (), staged, ("block_m", "block_n"), optional)
 
 
+_ROWS, _WIDE = ("block_m", (16, 32, 64, 128)), ("block_k", (32, 64, 128, 256))
+_DOWN = Space(
+    (_ROWS, _WIDE, _WARPS, _STAGES, _PROGRAMS, ("splits", (1, 64))),
+    ("programs",),
+    (("block_m", "block_k"), ("block_k", "block_r")),
+)
+_SUMS = Space(
+    (("block_m", (32, 64, 128)), _WIDE, _WARPS, _STAGES, _PROGRAMS),
+    ("programs",),
+    (("block_m", "block_k"), ("block_m", "block_r")),
+)
+_GRAD_S_B = Space(
+    (("block_m", (64, 128, 256)), ("block_n", (32, 64, 128)), _WARPS, _STAGES, _PROGRAMS),
+    ("programs",),
+    (("block_m", "block_n"),),
+    optional=True,
+)
+_SINGLE_PASS = Space(
+    (("block_n", (32, 64, 128)), ("block_k", (64, 128)), _WARPS, _STAGES, _PROGRAMS),
+    ("programs",),
+    (("block_n", "block_k"), ("block_r", "block_k")),
+    optional=True,
+)
 SPACES: dict[str, Space] = {
     "philox_dropout": Space((("block", (1024, 2048, 4096)), ("block_k", (256, 512, 1024)), _WARPS)),
+    "gated_activation": Space((("block", (1024, 2048, 4096)), ("block_n", (256, 512, 1024)), _WARPS)),
     "splitk_reduce": Space((("block", (256, 512, 1024)), ("unroll", (4, 8, 16)), _WARPS)),
-    "down_projection": Space(
-        (
-            ("block_m", (16, 32, 64, 128)),
-            ("block_k", (32, 64, 128, 256)),
-            _WARPS,
-            _STAGES,
-            _PROGRAMS,
-            ("splits", (1, 64)),
-        ),
-        ("programs",),
-        (("block_m", "block_k"), ("block_k", "block_r")),
+    "grad_scale": Space(
+        (("block_m", (16, 32, 64, 128)), ("block_n", (32, 64, 128, 256)), _WARPS, _PROGRAMS), ("programs",)
     ),
+    "dora_weight_norm": Space(
+        (("block_n", (16, 32, 64, 128)), _WIDE, _WARPS, _STAGES),
+        staged=(("block_n", "block_k"), ("block_k", "block_r")),
+    ),
+    "down_projection": _DOWN,
+    "expert_down_projection": _DOWN,
+    "group_down_projection": _SUMS,
     "extended_gemm": _gemm(optional=False),
     "extended_gemm_tma": _gemm(),
     "extended_gemm_persistent": _gemm(("parts", (1, 2, 4))),
-    "single_pass": Space(
-        (("block_n", (32, 64, 128)), ("block_k", (64, 128)), _WARPS, _STAGES, _PROGRAMS),
-        ("programs",),
-        (("block_n", "block_k"), ("block_r", "block_k")),
-        optional=True,
-    ),
-    "grad_s_b": Space(
-        (("block_m", (64, 128, 256)), ("block_n", (32, 64, 128)), _WARPS, _STAGES, _PROGRAMS),
-        ("programs",),
-        (("block_m", "block_n"),),
-        optional=True,
-    ),
-    "sum_over_rows": Space(
-        (("block_m", (32, 64, 128)), ("block_k", (32, 64, 128, 256)), _WARPS, _STAGES, _PROGRAMS),
-        ("programs",),
-        (("block_m", "block_k"), ("block_m", "block_r")),
-    ),
+    "expert_gemm": _gemm(optional=False),
+    "expert_gemm_tma": _gemm(),
+    "product": _gemm(optional=False),
+    "product_tma": _gemm(),
+    "single_pass": _SINGLE_PASS,
+    "grad_s_b": _GRAD_S_B,
+    "group_grad_s_b": _GRAD_S_B,
+    "sum_over_rows": _SUMS,
+    "group_sum_over_rows": _SUMS,
+    "expert_sum_over_rows": _SUMS,
 }
 
 
