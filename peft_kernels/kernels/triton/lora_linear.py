@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from peft_kernels import tuning
 from peft_kernels.checks import MAX_RANK
 from peft_kernels.kernels.reference.philox_dropout import scale
-from peft_kernels.kernels.triton import _launch
+from peft_kernels.kernels.triton import _launch, _measured
 
 
 def unsupported(problem) -> str | None:
@@ -25,12 +24,7 @@ def unsupported(problem) -> str | None:
 
 
 def unproven(problem) -> str | None:
-    if _launch.INTERPRETED:
-        return _launch.INTERPRETER_IS_FOR_TESTS
-    arch = _launch.architecture(torch.device(problem.device, problem.device_index))
-    if tuning.measured_win(arch, "lora_linear", problem) is None:
-        return f"no measurement in tuning/{arch}.json says that it beats composed at this shape"
-    return None
+    return _measured.unproven("lora_linear", problem)
 
 
 def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
