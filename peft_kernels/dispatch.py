@@ -30,8 +30,8 @@ BACKENDS = ("reference", "composed", "triton", "cuda", "cpu")
 ORDER: dict[str, tuple[str, ...]] = {
     "lora_linear": ("triton", "cpu", "composed", "reference"),
     "lora_linear_group": ("triton", "cpu", "composed", "reference"),
-    "dora_linear": ("cpu", "composed", "reference"),
-    "dora_weight_norm": ("composed", "reference"),
+    "dora_linear": ("triton", "cpu", "composed", "reference"),
+    "dora_weight_norm": ("triton", "composed", "reference"),
     "gated_activation": ("triton", "cpu", "composed", "reference"),
     "lora_swiglu_mlp": ("composed", "reference"),
     "lora_embedding": ("composed", "reference"),
