@@ -166,8 +166,13 @@ def _with_token_mask(
     x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask
 ) -> Tensor:
     """By the op for groups, which knows of masks, so that a call without one stays lean."""
-    from peft_kernels.functional.lora_linear_group import lora_linear_group
+    from peft_kernels.functional.lora_linear_group import check_token_mask, lora_linear_group
 
+    if not lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+        explain_lora("lora_linear", x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    check_token_mask("lora_linear", x, token_mask)
+    if seed is not None and training and dropout_p > 0:
+        seed = seed_tensor("lora_linear", seed, x.device)
     (y,) = lora_linear_group(
         x, (weight,), (lora_A,), (lora_B,), scalings=scaling, biases=(bias,), dropout_p=dropout_p, training=training,
         seed=seed, token_mask=token_mask,

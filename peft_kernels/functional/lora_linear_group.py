@@ -79,7 +79,7 @@ def lora_linear_group(
     group = flatten_group(_OP, weights, lora_As, lora_Bs, scalings, biases, dropout_p)
     if token_mask is not None:
         check_input(_OP, x)
-        _check_token_mask(x, token_mask)
+        check_token_mask(_OP, x, token_mask)
     signature = _signature(x, group)
     if signature is None or signature not in _verified:
         check_input(_OP, x)
@@ -139,16 +139,18 @@ def flatten_group(op, weights, lora_As, lora_Bs, scalings, biases, dropout_p) ->
         TypeError: a number is none.
     """
     count = len(weights)
+    if count == 0:
+        raise ValueError(f"{op}: weights is empty; expected at least one")
     outputs, flat_As = flat_adapters(lora_As)
     outputs_of_b, flat_Bs = flat_adapters(lora_Bs)
     if outputs_of_b != outputs or len(lora_As) != count or len(lora_Bs) != count:
         raise ValueError(
-            f"{op}: lora_As and lora_Bs do not have the same nesting for each of the {count} weights "
-            f"({_nesting(outputs, lora_As)} and {_nesting(outputs_of_b, lora_Bs)} adapters)"
+            f"{op}: lora_As has {_nesting(outputs, lora_As)} and lora_Bs {_nesting(outputs_of_b, lora_Bs)} adapters; "
+            f"expected the same for each of the {count} weights"
         )
     flat_biases = [None] * count if biases is None else list(biases)
     if len(flat_biases) != count:
-        raise ValueError(f"{op}: biases has {len(flat_biases)} entries for {count} weights")
+        raise ValueError(f"{op}: biases has {len(flat_biases)} entries; expected one for each of the {count} weights")
     flat_scalings = _per_adapter(op, "scalings", scalings, lora_As, len(outputs))
     dropout_ps = _per_adapter(op, "dropout_p", dropout_p, lora_As, len(outputs))
     return Group(list(weights), flat_biases, flat_As, flat_Bs, flat_scalings, outputs, dropout_ps)
@@ -179,13 +181,13 @@ def _per_adapter(op: str, name: str, values: float | Sequence[Any], lora_As: Ada
         check(op, name, values)
         return [values * 1.0] * adapters
     if len(values) != len(lora_As):
-        raise ValueError(f"{op}: {name} has {len(values)} entries for {len(lora_As)} weights")
+        raise ValueError(f"{op}: {name} has {len(values)} entries; expected one for each of the {len(lora_As)} weights")
     flat: list[float] = []
     for j, (value, entry) in enumerate(zip(values, lora_As, strict=True)):
         members = 0 if entry is None else 1 if isinstance(entry, Tensor) else len(entry)
         if isinstance(value, Sequence):
             if len(value) != members:
-                raise ValueError(f"{op}: {name}[{j}] has {len(value)} entries for {members} adapters")
+                raise ValueError(f"{op}: {name}[{j}] has {len(value)} entries; expected one for each of {members} adapters")
             flat += value
         else:
             flat += [value] * members
@@ -239,16 +241,16 @@ def _check_adapter(op: str, x: Tensor, group: Group, i: int, k: int) -> None:
     check_same_dtype(op, f"B of {whose}", b, a.dtype, "its A")
 
 
-def _check_token_mask(x: Tensor, token_mask: Any) -> None:
-    check_tensor(_OP, "token_mask", token_mask)
+def check_token_mask(op: str, x: Tensor, token_mask: Any) -> None:
+    check_tensor(op, "token_mask", token_mask)
     if token_mask.dtype != torch.bool:
-        raise TypeError(f"{_OP}: token_mask has dtype {token_mask.dtype}; expected torch.bool")
+        raise TypeError(f"{op}: token_mask has dtype {token_mask.dtype}; expected torch.bool")
     if token_mask.shape != x.shape[:-1]:
         raise ValueError(
-            f"{_OP}: token_mask has shape {shape_text(token_mask.shape)}, but x has shape {shape_text(x.shape)}; "
+            f"{op}: token_mask has shape {shape_text(token_mask.shape)}, but x has shape {shape_text(x.shape)}; "
             f"expected {shape_text(x.shape[:-1])}"
         )
-    check_device(_OP, "token_mask", token_mask, x.device)
+    check_device(op, "token_mask", token_mask, x.device)
 
 
 def seeds_tensor(

@@ -153,7 +153,7 @@ def test_what_is_masked_leaks_nowhere(backend, dropout_p):
     mask = torch.tensor([True, False, True, True, False, True], device=backend.device)
     problem = GroupProblem(6, 21, (9, 5), ((3,), (2, 4)), dropout_p=dropout_p, token_mask=mask, device=backend.device)
     x = problem.tensors["x"].detach().clone()
-    x[~mask] *= 3e38 / x[~mask].abs().max()
+    x[~mask] *= 2e38 / x[~mask].abs().max()
     for name in ("lora_As.0.0", "lora_As.1.1"):  # x A overflows in the masked rows alone
         problem.tensors[name] = (problem.tensors[name].detach() * 8).requires_grad_()
     with torch.no_grad():
