@@ -6,6 +6,7 @@ to the compiled kernel, so that what is inspected is specialised exactly as on a
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -98,11 +99,18 @@ def compile_launches(monkeypatch, arch: str, host: Callable[[], object]) -> list
 
 
 def disassemble(compiled) -> Machine:
+    registers, spilled, sass = _dump(compiled.asm["cubin"])
+    metadata = compiled.metadata
+    return Machine(metadata.name, registers, spilled, metadata.shared, metadata.num_warps, sass)
+
+
+@functools.lru_cache(maxsize=64)
+def _dump(cubin: bytes) -> tuple[int, int, str]:
+    """(registers, bytes of local memory, SASS). Several tests read the same kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
         command = [_BIN / "cuobjdump", "-res-usage", "-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
-    metadata = compiled.metadata
-    return Machine(metadata.name, registers, stack + local, metadata.shared, metadata.num_warps, text)
+    return registers, stack + local, text
