@@ -47,22 +47,32 @@ inline const int16_t* masks_at(const GroupJob& job, const Run& run, int64_t row,
   return masks + column % kMaskColumns;
 }
 
+// Whether rows can be read where they lie: a few at a time from end to end, which the processor's prefetch follows.
+inline bool in_place(const Matrix& matrix, int rows) { return matrix.dtype == kFloat32 && rows % kTallRows == 0; }
+
+inline void shrink_in_place(const Matrix& matrix, int64_t row, int rows, const Run& run, float* s, int64_t s_stride) {
+  for (int m = 0; m < rows; m += kTallRows)
+    for (int64_t column = 0; column < run.length; column += kTileColumns)
+      shrink(reinterpret_cast<const float*>(at(matrix, row + m, column)), matrix.row_stride, kTallRows,
+             tile_columns(column, run.length), run.packed, column, run.length, run.width, s + m * s_stride, s_stride);
+}
+
+inline void forward_down(const GroupJob& job, const Run& run, int64_t row, int rows, const Scratch& scratch) {
+  for (int64_t column = 0; column < job.k; column += kTileColumns) {
+    const int columns = tile_columns(column, job.k);
+    const int16_t* masks = masks_at(job, run, row, rows, column, scratch.masks);
+    load_tile(job.x, row, rows, column, columns, masks, static_cast<float>(run.dropout.scale), scratch.tile);
+    shrink(scratch.tile, kTileColumns, rows, columns, run.packed, column, job.k, run.width, scratch.s + run.first,
+           job.ranks);
+  }
+}
+
 inline void forward_block(const GroupJob& job, int64_t row, int rows, const Scratch& scratch) {
   float* s = scratch.s;
   clear_ranks(s, job.ranks);
   for (const Run& run : job.downs) {
-    const bool in_place = !run.dropout.seed && job.x.dtype == kFloat32 && rows % kTallRows == 0;
-    for (int64_t column = 0; column < job.k; column += kTileColumns) {
-      const int columns = tile_columns(column, job.k);
-      const float* tile = reinterpret_cast<const float*>(at(job.x, row, column));
-      if (!in_place) {
-        const int16_t* masks = masks_at(job, run, row, rows, column, scratch.masks);
-        load_tile(job.x, row, rows, column, columns, masks, static_cast<float>(run.dropout.scale), scratch.tile);
-        tile = scratch.tile;
-      }
-      shrink(tile, in_place ? job.x.row_stride : kTileColumns, rows, columns, run.packed, column, job.k, run.width,
-             s + run.first, job.ranks);
-    }
+    if (!run.dropout.seed && in_place(job.x, rows)) shrink_in_place(job.x, row, rows, run, s + run.first, job.ranks);
+    else forward_down(job, run, row, rows, scratch);
   }
   mask_tokens(job, row, rows, s);
   store_ranks(job, s, row, rows);
@@ -78,11 +88,13 @@ inline void backward_up(const GroupJob& job, int64_t row, int rows, bool first, 
   if (job.need_b) load_ranks(job, row, rows, scratch.s);
   if (job.need_s) clear_ranks(grad_s, job.ranks);
   for (const Run& run : job.ups) {
-    if (!job.need_s && !run.sum) continue;
+    const bool shrunk = job.need_s && in_place(run.y, rows);
+    if (shrunk) shrink_in_place(run.y, row, rows, run, grad_s + run.first, job.ranks);
+    if (!run.sum && (shrunk || !job.need_s)) continue;
     for (int64_t column = 0; column < run.length; column += kTileColumns) {
       const int columns = tile_columns(column, run.length);
       load_tile(run.y, row, rows, column, columns, nullptr, 1.0f, scratch.tile);
-      if (job.need_s)
+      if (job.need_s && !shrunk)
         shrink(scratch.tile, kTileColumns, rows, columns, run.packed, column, run.length, run.width,
                grad_s + run.first, job.ranks);
       if (run.sum)
