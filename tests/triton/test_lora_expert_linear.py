@@ -253,6 +253,23 @@ def test_nothing_beyond_the_results_is_written(dropout_p, monkeypatch):
     assert not any(value.isnan().any() for value in result.values())
 
 
+def test_a_program_writes_rows_of_its_own_expert_alone(arch, monkeypatch):
+    """Beside others it would overwrite theirs; in the interpreter, where programs follow each other, only if it is alone."""
+    from peft_kernels.kernels.triton._expert_down_projection import expert_down_projection
+    from peft_kernels.kernels.triton._expert_gemm import expert_gemm
+
+    launch = _launch.launch
+    monkeypatch.setattr(
+        _launch, "launch", lambda kernel, grid, *rest, **o: launch(kernel, (1,) * len(grid), *rest, **o)
+    )
+    offsets, x = torch.tensor([5, 40], dtype=torch.int32), torch.randn(40, 16, dtype=F16)
+    s = expert_down_projection(x, torch.randn(2, 4, 16, dtype=F16), offsets)
+    y = expert_gemm(x, torch.randn(2, 16, 16, dtype=F16), s, torch.randn(2, 4, 16, dtype=F16), offsets, 1.0)
+    for out in (s, y):
+        assert out[:5].isfinite().all()
+        assert out[5:].isnan().all()
+
+
 def test_experts_without_rows_get_zeros_and_so_do_rows_without_experts():
     problem = ExpertProblem((0, 12, 0), 33, 26, 5, dtype=F16, orphans=4)
     y, grads = problem.run()
