@@ -1,12 +1,12 @@
-"""out = x w + bias + scaling · drop(s b): a GEMM that begins with one more K step of size r, in the same accumulator.
+"""out = x w + bias + scaling · drop(s b): a GEMM with one more K step of size r, in the same accumulator.
 
 Forward: y = x Wᵀ + bias + scaling · S Bᵀ. Backward: dX = dY W + scaling · drop(dS A), the mask of the low-rank part
-alone. The low-rank step comes first because only there the accumulator holds nothing else, so that scaling (in
-float32: s b is not rounded) and the mask apply to it without a second accumulator.
+alone. The low-rank step comes first here, where the accumulator holds nothing else, so that scaling (in float32: s b is
+not rounded) and the mask apply to it without a second accumulator; the persistent form has it last where it may.
 
-Floor, M=8192, K=N=4096, r=16, bf16: 275 + 1.1 GFLOP = 349 us at 790 TFLOP/s (134 + 33 MB = 39 us at 4.3 TB/s). The
-low-rank step is not overlapped with the loads of the main loop: an estimated 1.5-2 thousand clocks a tile, 2-3 % at
-K=4096. Two forms: pointers here, for any GPU, size and stride; TMA descriptors in `_extended_gemm_tma`.
+Floor, M=8192, K=N=4096, r=16, bf16: 275 + 1.1 GFLOP = 349 us at 790 TFLOP/s (134 + 33 MB = 39 us at 4.3 TB/s). Forms:
+pointers here, for any GPU, size and stride; TMA descriptors in `_extended_gemm_tma`; programs that walk the tiles and
+start under the launch before them in `_extended_gemm_persistent`; `_extended_gemm_specialized`, an experiment.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""`lora_linear` in fused Triton kernels, at most four passes over the big tensors.
+"""`lora_linear` in fused Triton kernels: two launches forward, four backward, not counting the sums of partials.
 
-Forward: S = drop(x) Aᵀ (one pass over x), then y as one GEMM with an extra K step. Backward: dS and dB from one pass
-over dY, dX as one GEMM with an extra K step, dA in one pass over x. dW and dbias, rarely wanted, are PyTorch's matmul
-and sum.
+Forward: S = drop(x) Aᵀ (one pass over x), then y as one GEMM with an extra K step; for a few rows both in one pass.
+Backward: dS, dX as one GEMM with an extra K step, dA in one pass over x, dB in one over dY (or with dS, where that pass
+could not run under the GEMM). On sm_90 the passes run beside the GEMMs. dW and dbias, rarely wanted, are PyTorch's
+matmul and sum.
 
-Floor, M=8192, K=N=4096, r=16, bf16: forward 365-369 us, backward 381-385 us, of which the frozen layer's GEMM is 348
-each. Compiled for sm_80, sm_90 and sm_100 and interpreted on the CPU; never run on a GPU yet (docs/kernels.md).
+Floor, M=8192, K=N=4096, r=16, bf16: 349 us forward and backward each, passes hidden; 365-369 and 381-385 us one after
+another; the frozen layer's GEMM is 348. Compiled for sm_80, sm_90 and sm_100 and interpreted on the CPU; never run on a
+GPU yet (docs/kernels.md).
 """
 
 from __future__ import annotations
