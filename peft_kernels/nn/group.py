@@ -19,8 +19,9 @@ class LinearGroup(nn.Module):
     """Named children, `FusedLoRALinear` or frozen `nn.Linear`, that one function computes.
 
     Names and parameters are those of the children: checkpoints, `save_adapter`, `merge_adapter` and the like see
-    layers. A child that is more than plain LoRA (DoRA, an adapter bias), merged, or hooked (FSDP, offloading, a user's
-    hooks) is called itself; then all of them are, one by one, with the same meaning.
+    layers. A child that is more than plain LoRA (DoRA, an adapter bias), merged, hooked (FSDP, offloading, a user's
+    hooks) or of another type by now (compiled, a subclass) is called itself; then all of them are, one by one, with the
+    same meaning.
     """
 
     def __init__(self, layers: Sequence[nn.Module], names: Sequence[str]) -> None:
@@ -265,7 +266,8 @@ def _adapt(kind: str, linears: Sequence[nn.Module], r: int | Sequence[int | None
 
 def _is_plain(layer: Any) -> bool:
     """Whether calling the layer would do no more than the fused function does with its tensors."""
-    return (type(layer) is nn.Linear or layer._lean) and not is_hooked(layer)
+    kind = type(layer)
+    return (kind is nn.Linear or (kind is FusedLoRALinear and layer._lean)) and not is_hooked(layer)
 
 
 def _operands(layer: Any) -> tuple:

@@ -56,10 +56,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "frozen A": (lambda: FusedLoRALinear(12, 10, 3, freeze_A=True), rows),
     "DoRA": (lambda: FusedLoRALinear(12, 10, 3, use_dora=True), rows),
     "group": (qkv, rows),
-    "group, trained bias": (lambda: qkv(train_bias=True), rows),
     "group, DoRA": (lambda: qkv(use_dora=True), rows),
     "SwiGLU": (mlp, rows),
-    "GeGLU, DoRA": (lambda: mlp(activation="gelu_tanh", use_dora=True), rows),
     "embedding": (lambda: FusedLoRAEmbedding(7, 12, 3, padding_idx=2), ids),
     "experts": (Routed, rows),
 }
@@ -77,15 +75,17 @@ def outputs_and_gradients(module: nn.Module, call: Callable, x: Tensor) -> list[
     return [*(one.detach() for one in ys), *grads]
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+CASES = [(name, True) for name in MODULES] + [(name, False) for name in ("DoRA", "group", "embedding")]
+
+
+@pytest.mark.parametrize(("name", "training"), CASES)
 def test_same_in_one_graph(name, training):
     torch._dynamo.reset()
     make, batch = MODULES[name]
     module = disturbed(make()).train(training)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for m in (5, 9, 17, 64):
+        for m in (5, 9, 64):
             x = batch(m)
             expected = outputs_and_gradients(module, module, x)
             got = outputs_and_gradients(module, compiled, x)
@@ -93,7 +93,7 @@ def test_same_in_one_graph(name, training):
             assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["plain", "DoRA", "group", "SwiGLU", "embedding"])
+@pytest.mark.parametrize("name", ["DoRA", "group", "embedding"])
 def test_merged(name):
     """Merging is seen by compiled code: a new graph, of plain layers."""
     torch._dynamo.reset()

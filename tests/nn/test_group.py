@@ -202,6 +202,17 @@ class TestGroup:
         assert all(relative_error(a, b) < 1e-6 for a, b in zip(group(x), expected, strict=True))
         assert seen == [(4, 4)]
 
+    def test_a_layer_that_was_replaced_is_called(self):
+        class Doubled(FusedLoRALinear):
+            def forward(self, x, token_mask=None):
+                return 2 * super().forward(x, token_mask)
+
+        group, x = qkv(), torch.randn(4, 12)
+        q, k, v = (y.detach() for y in group(x))
+        group.k_proj.__class__ = Doubled
+        group.v_proj = torch.compile(group.v_proj, backend="eager")
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(group(x), (q, 2 * k, v), strict=True))
+
     def test_one_that_cannot_be_merged_leaves_all_unmerged(self):
         group = qkv()
         with torch.no_grad():
