@@ -53,7 +53,8 @@ part build 65 "$PYTHON" setup.py build_ext --inplace
 part doctor 20 "$PYTHON" -m peft_kernels.cli.main doctor
 tests gpu_tests 85 tests/gpu
 tests op_tests 55 tests/ops
-part tune 90 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --preset small --minutes 1.2
+part compare 50 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --extent none --minutes 0.7
+part tune 40 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --minutes 0.5
 bench lora_linear 75 lora_linear 'not compiled and not unsloth and not lorafusion and not reference'
 bench blocks 45 "$BLOCKS" 'not compiled and not unsloth and not liger and not reference'
 bench sweep 30 sweep 'test_sweep'

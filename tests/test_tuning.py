@@ -14,9 +14,9 @@ import torch
 from peft_kernels import dispatch, tuning
 from peft_kernels.ops.lora_linear import Problem
 from peft_kernels.tuning import candidates, files, points, provenance, trials
-from peft_kernels.tuning.candidates import FULL, SMALL, Machine
+from peft_kernels.tuning.candidates import Machine
 from peft_kernels.tuning.configs import CONFIGS
-from peft_kernels.tuning.points import FORWARD, FORWARD_BACKWARD, Candidate, Choice, Point, Timing
+from peft_kernels.tuning.points import FORWARD, FORWARD_BACKWARD, FULL, NONE, SMALL, Candidate, Choice, Point, Timing
 from peft_kernels.tuning.provenance import Provenance
 from peft_kernels.tuning.store import Store, layout
 from peft_kernels.tuning.trials import Question
@@ -421,6 +421,7 @@ def test_candidates_fit_the_machine():
         assert 2 * config.num_stages * config.block_k * (config.block_m + config.block_n) <= 48 << 10
         assert config.block_m * config.block_n <= 128 * 32 * config.num_warps
     assert space.optional is False
+    assert candidates.candidates("extended_gemm", "bfloat16", in_force, NONE, small) == (in_force,)
     only = candidates.candidates("extended_gemm_tma", "bfloat16", None, SMALL, small)
     assert only == (None,), "no rule of this or an older architecture: nothing to try"
 

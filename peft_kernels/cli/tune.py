@@ -22,9 +22,9 @@ from peft_kernels.cli.errors import CommandError, UsageError, positive_float, pr
 from peft_kernels.kernels.triton import _launch
 from peft_kernels.problems import BUILDERS
 from peft_kernels.tuning import presets, provenance
-from peft_kernels.tuning.candidates import EXTENTS, SMALL, Machine, candidates
+from peft_kernels.tuning.candidates import Machine, candidates
 from peft_kernels.tuning.configs import CONFIGS
-from peft_kernels.tuning.points import Point
+from peft_kernels.tuning.points import EXTENTS, SMALL, Point
 from peft_kernels.tuning.presets import PRESETS, Sizes
 from peft_kernels.tuning.search import OURS, Deadline, Interrupted, Laboratory, Report, Search, Workload
 from peft_kernels.tuning.store import Store
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--extent",
         choices=EXTENTS,
         default=SMALL,
-        help="how far from the configuration in force (default: %(default)s)",
+        help="how far from what is in force (none: only compare that; default: %(default)s)",
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default: bfloat16")
     parser.add_argument(
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     bar, report = progress(work)
     found = tune(bar, store, target, options.extent, Deadline(options.minutes), report)
     print(summary(found))
-    left = len(work) - sum(point.complete for point in found)
+    left = len(work) - sum(point.searched(options.extent) for point in found)
     print(f"written to {target.output}" + (f"; {left} problems are left, run it again to go on" if left else ""))
     return 0
 
@@ -162,7 +162,7 @@ def tune(
     for workload in work:
         here = provenance.here(workload.op, workload.rival, target.index)
         known = store.find(workload.op, workload.problem(), workload.rival, here)
-        if known is None or not known.complete:
+        if known is None or not known.searched(extent):
             if deadline.over:
                 continue
             report(f"{workload} against {workload.rival}")
@@ -217,7 +217,7 @@ def plan(work: Iterable[Workload], store: Store, target: Target, extent: str) ->
     for workload in work:
         here = provenance.here(workload.op, workload.rival, target.index)
         known = store.find(workload.op, workload.problem(), workload.rival, here)
-        state = "to do" if known is None else "done" if known.complete else "to go on with"
+        state = "to do" if known is None else "done" if known.searched(extent) else "to go on with"
         rows.append((workload.op, str(workload.shape), workload.rival, state))
     kernels = []
     for kernel in CONFIGS:

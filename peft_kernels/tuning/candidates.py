@@ -2,7 +2,8 @@
 
 Around the configuration in force: values of `SPACES` one step away in one field ("small"), or any of them in up to two
 fields ("full"). Besides, every configuration that a rule of this or an older architecture gives to the kernel, and none
-at all for kernels that an op can do without. A kernel without a space is tried with the rules' configurations.
+at all for kernels that an op can do without. A kernel without a space is tried with the rules' configurations. "none"
+is the configuration in force alone.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from dataclasses import dataclass, replace
 
 from peft_kernels.tuning.configs import Config
 from peft_kernels.tuning.files import known_architectures, load, number
+from peft_kernels.tuning.points import NONE, SMALL
 from peft_kernels.tuning.trials import Answer
 
-SMALL, FULL = "small", "full"
-EXTENTS = (SMALL, FULL)
 # Accumulators a thread can hold beside what a main loop needs; more always spills.
 MOST_ACCUMULATORS = 128
 THREADS_PER_WARP = 32
@@ -122,9 +122,11 @@ def candidates(kernel: str, dtype: str, in_force: Answer, extent: str, machine: 
         kernel: a key of `configs.CONFIGS`.
         dtype: name of the dtype of the kernel's big operands.
         in_force: what the files answer.
-        extent: "small" or "full".
+        extent: "none", "small" or "full".
         machine: drops what cannot fit.
     """
+    if extent == NONE:
+        return (in_force,)
     space = SPACES.get(kernel)
     rules = list(_of_rules(kernel, dtype, machine.arch))
     found: list[Answer] = [in_force]

@@ -183,7 +183,7 @@ def _rule(kernel: str, entry: Any, where: str) -> Rule:
 
 
 _WIN = {"op", "speedup", "rival", "provenance"}
-_POINT = {"op", "problem", "rival", "provenance", "complete", "compared", "kernels"}
+_POINT = {"op", "problem", "rival", "provenance", "extent", "complete", "compared", "kernels"}
 
 
 def _win(entry: Any, where: str) -> Win:

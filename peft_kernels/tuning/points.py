@@ -4,7 +4,7 @@ In a tuning file such a point is
 
     {"op": "lora_linear", "problem": {"m": 8192, ...},       the op's Problem without its device
      "rival": "composed", "provenance": {...},               what it is compared with; where it was measured, of what
-     "complete": true,                                       false: time was up, or the GPU was lost
+     "extent": "small", "complete": true,      how far it was searched; false: time was up, or the GPU was lost
      "compared": [{"mode": "forward", "us": 380.1, "rival_us": 395.0,       tuned kernels and rival, medians
                    "ratio": 0.962, "low": 0.960, "high": 0.965}],           median and quartiles of us / rival_us
      "kernels": [{"kernel": "down_projection", "dtype": "bfloat16", "dropout": false, "sizes": {"m": 8192, "r": 16},
@@ -28,6 +28,8 @@ from peft_kernels.tuning.configs import CONFIGS
 from peft_kernels.tuning.provenance import Provenance
 from peft_kernels.tuning.trials import Answer, Question, bucket
 
+NONE, SMALL, FULL = "none", "small", "full"
+EXTENTS = (NONE, SMALL, FULL)  # how far a search goes; each holds the one before it
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 MODES = (FORWARD, FORWARD_BACKWARD)
@@ -84,6 +86,7 @@ class Point:
     complete: bool
     compared: tuple[tuple[str, Timing], ...] = ()
     choices: tuple[Choice, ...] = ()
+    extent: str = SMALL
 
     @property
     def key(self) -> tuple:
@@ -99,6 +102,10 @@ class Point:
     def wins(self) -> bool:
         """Whether three quarters of the pairs show it faster than its rival, in every mode."""
         return bool(self.compared) and all(timing.high < 1 for _, timing in self.compared)
+
+    def searched(self, extent: str) -> bool:
+        """Whether nothing is left to measure of this extent."""
+        return self.complete and EXTENTS.index(self.extent) >= EXTENTS.index(extent)
 
     @property
     def verdict(self) -> str:
@@ -129,6 +136,7 @@ def to_json(point: Point) -> dict[str, Any]:
         "problem": dict(point.problem),
         "rival": point.rival,
         "provenance": point.provenance.as_dict(),
+        "extent": point.extent,
         "complete": point.complete,
         "compared": [{"mode": mode, **asdict(timing)} for mode, timing in point.compared],
         "kernels": [_choice_to_json(choice) for choice in point.choices],
@@ -171,6 +179,7 @@ def from_json(content: Mapping[str, Any], *, choices: bool = True) -> Point:
         content["complete"],
         tuple((entry["mode"], _timing(entry)) for entry in content["compared"]),
         tuple(_choice(entry) for entry in content["kernels"]) if choices else (),
+        content["extent"],
     )
 
 

@@ -163,10 +163,10 @@ class Search:
         laboratory: where it is run.
         provenance: recorded with the result.
         machine: what bounds the candidates.
-        extent: "small" or "full".
+        extent: "none" (what is in force is compared with the rival), "small" or "full".
         fixed: winners of other problems, in force here and not tuned again: what `tuning.config` is asked does not
             tell these problems apart.
-        known: an earlier measurement that was not completed; what it has is not measured again.
+        known: an earlier measurement that was not completed, or not so far; what it has is not measured again.
         deadline: of the search. The comparison that ends it is made nevertheless.
         report: gets a line for each thing that is done.
     """
@@ -184,8 +184,9 @@ class Search:
         report: Report = lambda line: None,
     ) -> None:
         self.laboratory, self.provenance, self.machine, self.extent = laboratory, provenance, machine, extent
-        self.fixed, self.deadline, self.report = dict(fixed or {}), deadline or Deadline(), report
+        self.deadline, self.report = deadline or Deadline(), report
         self.choices = {} if known is None else {choice.question: choice for choice in known.choices}
+        self.fixed = {question: answer for question, answer in (fixed or {}).items() if question not in self.choices}
         self.finished: set[Question] = set()
         self.rivals: dict[str, Stopwatch] = {}
 
@@ -216,8 +217,9 @@ class Search:
         workload = self.laboratory.workload
         choices = tuple(self.choices.values())
         return Point(
-            workload.op, tuple(workload.problem().items()), workload.rival, self.provenance, complete, compared, choices
-        )
+            workload.op, tuple(workload.problem().items()), workload.rival, self.provenance, complete, compared,
+            choices, self.extent,
+        )  # fmt: skip
 
     def _tune(self) -> None:
         while (found := self._next()) is not None:

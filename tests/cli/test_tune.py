@@ -21,8 +21,8 @@ from peft_kernels.cli.main import build_parser, main
 from peft_kernels.kernels.triton import _launch
 from peft_kernels.problems import Shape
 from peft_kernels.tuning import files, points, provenance, search
-from peft_kernels.tuning.candidates import SMALL, Machine, candidates
-from peft_kernels.tuning.points import FORWARD, FORWARD_BACKWARD
+from peft_kernels.tuning.candidates import Machine, candidates
+from peft_kernels.tuning.points import FORWARD, FORWARD_BACKWARD, FULL, NONE, SMALL
 from peft_kernels.tuning.search import Deadline, DeviceLost, Interrupted, Search, Workload
 from peft_kernels.tuning.trials import Question, Trial
 
@@ -78,7 +78,6 @@ class FakeLaboratory:
         if backend != search.OURS:
             return SimpleNamespace(kind="scripted", sample=lambda: 1000e-6)
         asked = self.ask(mode, answers).asked
-        self.check(answers)
         self.log.append((mode, dict(asked)))
         seconds = sum(self.seconds.get(config, 400e-6) for config in asked.values())
         return SimpleNamespace(kind="scripted", sample=lambda: seconds)
@@ -162,6 +161,22 @@ def test_what_another_problem_decided_is_in_force_and_not_tuned_again():
     point = searched(laboratory, fixed={DOWN: neighbour(DOWN)})
     assert [choice.question for choice in point.choices] == [GRAD]
     assert all(asked[DOWN] == neighbour(DOWN) for _, asked in laboratory.log)
+
+
+def test_without_a_search_what_is_in_force_is_compared_and_a_later_search_goes_on():
+    laboratory = FakeLaboratory(seconds={neighbour(DOWN): 300e-6})
+    first = Search(laboratory, HERE, H200, NONE).run()
+    assert first.choices == ()
+    assert [timing.us for _, timing in first.compared] == [400.0, 800.0]
+    assert first.wins
+    assert first.searched(NONE)
+    assert not first.searched(SMALL)
+    second = searched(laboratory, known=first)
+    assert choice_of(second, DOWN).config == neighbour(DOWN)
+    assert second.searched(SMALL)
+    assert not second.searched(FULL)
+    with pytest.raises(Interrupted):
+        searched(FakeLaboratory(fatal=(in_force(DOWN),)))
 
 
 class Budget(Deadline):
@@ -291,6 +306,16 @@ def test_it_writes_what_it_measured_and_does_not_measure_it_again(target, capsys
     assert main(arguments("--dropout", "0")) == 0
     assert target.output.read_text() == before
     assert "lora_linear 8192" not in capsys.readouterr().out, "nothing to report: nothing was measured"
+
+
+def test_a_wider_search_measures_again_only_what_is_new(target, capsys):
+    assert main(arguments("--dropout", "0", "--adapter-dtype", "same", "--extent", "none")) == 0
+    assert all(not raw["kernels"] for raw in json.loads(target.output.read_text())["tuned"])
+    assert main(arguments("--dropout", "0", "--adapter-dtype", "same")) == 0
+    content = json.loads(target.output.read_text())
+    assert len(content["tuned"]) == 2
+    assert {raw["extent"] for raw in content["tuned"]} == {"small"}
+    assert "left" not in capsys.readouterr().out
 
 
 def test_a_result_is_on_disk_before_the_next_begins(target, monkeypatch):
