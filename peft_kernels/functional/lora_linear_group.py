@@ -187,7 +187,9 @@ def _per_adapter(op: str, name: str, values: float | Sequence[Any], lora_As: Ada
         members = 0 if entry is None else 1 if isinstance(entry, Tensor) else len(entry)
         if isinstance(value, Sequence):
             if len(value) != members:
-                raise ValueError(f"{op}: {name}[{j}] has {len(value)} entries; expected one for each of {members} adapters")
+                raise ValueError(
+                    f"{op}: {name}[{j}] has {len(value)} entries; expected one for each of {members} adapters"
+                )
             flat += value
         else:
             flat += [value] * members

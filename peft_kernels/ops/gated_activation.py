@@ -40,6 +40,7 @@ def select(gate: Tensor, activation: str):
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    flat = flat.contiguous()  # elementwise functions keep the strides of what they are given
     if like.ndim == 2:
         return flat
     return flat.squeeze(0) if like.ndim == 1 else unflatten(flat, like.shape[:-1])

@@ -55,7 +55,7 @@ def backward_kernel(grad_y, ids, weight, lora_A, lora_B, scaling, padding_idx, n
 
 
 def backward_fake(grad_y, ids, weight, lora_A, lora_B, scaling, padding_idx, needs):
-    return [torch.empty_like(t) for t, need in zip((weight, lora_A, lora_B), needs, strict=True) if need]
+    return [t.new_empty(t.shape) for t, need in zip((weight, lora_A, lora_B), needs, strict=True) if need]
 
 
 KERNELS = {"lora_embedding": (kernel, fake), "lora_embedding_backward": (backward_kernel, backward_fake)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from peft_kernels import ops
 
@@ -30,6 +31,81 @@ def backward_arguments(needs=ALL, **options):
     return grad_y, x, s if needs[4] else None, weight, a, b, scaling, p, seed, needs
 
 
+GROUP = [
+    torch.randn(8, 31),
+    torch.randn(5, 31),
+]  # weights of two projections; three adapters, two of them on the second
+GROUP_AS, GROUP_BS = [torch.randn(r, 31) for r in (4, 2, 3)], [torch.randn(8, 4), torch.randn(5, 2), torch.randn(5, 3)]
+SCALINGS, OUTPUTS, PS = [1.5, 0.5, -2.0], [0, 1, 1], [0.25, 0.0, 0.5]
+
+
+def group_arguments(batch=(3, 5), dropout=False, mask=False, adapters=3):
+    x, biases = torch.randn(*batch, 31), [torch.randn(8), None]
+    token_mask = torch.rand(batch) < 0.5 if mask else None
+    lists = (GROUP_AS, GROUP_BS, SCALINGS, OUTPUTS, PS if dropout else [0.0] * 3)
+    seeds = torch.arange(adapters) if dropout else None
+    return x, GROUP, biases, *(values[:adapters] for values in lists), seeds, token_mask
+
+
+def group_backward(batch=(3, 5), unused=False, needs=(True,) * 11, **options):
+    x, weights, _, lora_As, *others = group_arguments(batch, **options)
+    grads = [None if unused else torch.randn(*batch, 8), torch.randn(*batch, 5)]
+    s = torch.randn(*batch, sum(a.shape[0] for a in lora_As))
+    return grads, x, s, weights, lora_As, *others, needs
+
+
+def dora_vectors(dtype):
+    return torch.rand(17).to(dtype) + 1, torch.rand(17) + 1
+
+
+def dora_arguments(**options):
+    x, weight, bias, a, b, scaling, p, seed = lora_arguments(**options)
+    return x, weight, bias, a, b, *dora_vectors(a.dtype), scaling, p, seed
+
+
+def dora_backward(needs=(True,) * 6, **options):
+    grad_y, x, s, weight, a, b, scaling, p, seed, _ = backward_arguments(ALL, **options)
+    u = torch.randn_like(grad_y)
+    return grad_y, x, s, u, weight, a, b, *dora_vectors(a.dtype), scaling, p, seed, needs
+
+
+def mlp_arguments(batch=(3, 5), dropout=False):
+    x, biases = torch.randn(*batch, 6), [torch.randn(9), None, torch.randn(6)]
+    weights = [torch.randn(9, 6), torch.randn(9, 6), torch.randn(6, 9)]
+    lora_As, lora_Bs = [torch.randn(2, 6), torch.randn(3, 9)], [torch.randn(9, 2), torch.randn(6, 3)]
+    ps, seeds = ([0.25, 0.5], torch.arange(2)) if dropout else ([0.0, 0.0], None)
+    return x, weights, biases, lora_As, lora_Bs, [1.5, 0.5], [0, 2], "silu", ps, seeds
+
+
+def mlp_backward(batch=(3, 5), needs=(True,) * 11, **options):
+    x, weights, _, *others = mlp_arguments(batch, **options)
+    gate, up = torch.randn(*batch, 9), torch.randn(*batch, 9)
+    return torch.randn(*batch, 6), x, gate, up, torch.randn(*batch, 2), torch.randn(*batch, 3), weights, *others, needs
+
+
+IDS = torch.tensor([[3, 0, 3], [1, 6, 3]])
+
+
+def embedding_factors(dtype=F32, adapter_dtype=F32):
+    return torch.randn(7, 10).to(dtype), torch.randn(4, 7).to(adapter_dtype), torch.randn(10, 4).to(adapter_dtype), 1.5
+
+
+ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
+
+
+def expert_arguments(rows=6, seed=None, dtype=F32, adapter_dtype=F32, bias=True):
+    x, weight = torch.randn(rows, 31).to(dtype), torch.randn(3, 17, 31).to(dtype)
+    a, b = torch.randn(3, 4, 31).to(adapter_dtype), torch.randn(3, 17, 4).to(adapter_dtype)
+    ends = ENDS if rows else torch.zeros_like(ENDS)
+    p, seed = (0.0, None) if seed is None else (0.25, torch.tensor([seed]))
+    return x, weight, torch.randn(3, 17).to(dtype) if bias else None, a, b, ends, 1.5, p, seed
+
+
+def expert_backward(needs=ALL, **options):
+    x, weight, _, *others = expert_arguments(**options)
+    return torch.randn(x.shape[0], 17).to(x.dtype), x, torch.randn(x.shape[0], 4).to(x.dtype), weight, *others, needs
+
+
 # Per op, arguments on the CPU without autograd (autograd lives outside the registered op).
 ARGUMENTS = {
     "lora_linear": [
@@ -48,6 +124,77 @@ ARGUMENTS = {
         backward_arguments(needs=(True, False, False, False, False), dtype=BF16, seed=3),
         backward_arguments(needs=(False, True, True, False, False), strided=True),
         backward_arguments(dtype=BF16, adapter_dtype=F32),
+    ],
+    "lora_linear_group": [
+        group_arguments(),
+        group_arguments(batch=()),
+        group_arguments(batch=(0,), dropout=True),
+        group_arguments(dropout=True, mask=True),
+        group_arguments(adapters=0),
+    ],
+    "lora_linear_group_backward": [
+        group_backward(),
+        group_backward(batch=(7,), unused=True, dropout=True),
+        group_backward(dropout=True, mask=True, needs=(False,) * 5 + (True, False, True) + (True,) * 3),
+        group_backward(needs=(True, True, False, False, True) + (False,) * 6),
+        group_backward(adapters=0, needs=(True,) * 5),
+    ],
+    "dora_linear": [
+        dora_arguments(),
+        dora_arguments(batch=(0,), bias=False),
+        dora_arguments(batch=(2, 3, 4), dtype=BF16, adapter_dtype=F32, seed=3),
+        dora_arguments(batch=(7, 4), strided=True),
+    ],
+    "dora_linear_backward": [
+        dora_backward(),
+        dora_backward(batch=(), seed=3),
+        dora_backward(dtype=BF16, adapter_dtype=F32, seed=3, needs=(True, False, False, True, True, True)),
+        dora_backward(needs=(False, False, True, False, False, True)),
+    ],
+    "dora_weight_norm": [
+        (torch.randn(17, 31), torch.randn(4, 31), torch.randn(17, 4), 1.5, None),
+        (torch.randn(17, 31).to(BF16), torch.randn(4, 31), torch.randn(17, 4), 1.5, torch.rand(17)),
+        (torch.randn(17, 31).double(), torch.randn(4, 31), torch.randn(17, 4), 0.0, None),
+    ],
+    "gated_activation": [
+        (torch.randn(3, 5, 7), torch.randn(3, 5, 7), "silu"),
+        (torch.randn(5, 7).t(), torch.randn(7, 5), "gelu"),
+        (torch.randn(()), torch.randn(()), "gelu_tanh"),
+        (torch.randn(0, 4).to(BF16), torch.randn(0, 4).to(BF16), "silu"),
+    ],
+    "gated_activation_backward": [
+        (torch.randn(3, 5, 7), torch.randn(3, 5, 7), torch.randn(3, 5, 7), "gelu"),
+        (torch.randn(7, 5).t(), torch.randn(5, 7), torch.randn(7, 5).t(), "silu"),
+        (torch.randn(7), torch.randn(7), torch.randn(7), "gelu_tanh"),
+        (torch.randn(3, 4).to(BF16), torch.randn(3, 4).to(BF16), torch.randn(3, 4).to(BF16), "silu"),
+    ],
+    "lora_swiglu_mlp": [mlp_arguments(), mlp_arguments(batch=(7,), dropout=True), mlp_arguments(batch=())],
+    "lora_swiglu_mlp_backward": [
+        mlp_backward(),
+        mlp_backward(batch=(7,), dropout=True),
+        mlp_backward(needs=(False,) * 7 + (True, False, False, True)),
+    ],
+    "lora_embedding": [
+        (IDS, *embedding_factors()),
+        (IDS[0].int(), *embedding_factors(BF16)),
+        (IDS[:0], *embedding_factors()),
+        (IDS[0, 0], *embedding_factors(F32, BF16)),
+    ],
+    "lora_embedding_backward": [
+        (torch.randn(2, 3, 10), IDS, *embedding_factors(), -1, (True,) * 3),
+        (torch.randn(3, 2, 10).to(BF16).transpose(0, 1), IDS, *embedding_factors(BF16), 3, (False, True, True)),
+        (torch.randn(0, 3, 10), IDS[:0], *embedding_factors(), -1, (True, False, True)),
+    ],
+    "lora_expert_linear": [
+        expert_arguments(),
+        expert_arguments(rows=0, seed=3),
+        expert_arguments(dtype=BF16, seed=3, bias=False),
+    ],
+    "lora_expert_linear_backward": [
+        expert_backward(),
+        expert_backward(rows=0),
+        expert_backward(dtype=BF16, seed=3, needs=(True, False, True, True, True)),
+        expert_backward(needs=(False, True, False, False, False)),
     ],
     "philox_dropout": [
         (torch.randn(5, 33), 0.3, torch.tensor([1]), 0),
@@ -77,15 +224,20 @@ def test_opcheck(name, arguments):
     torch.library.opcheck(op, arguments)
 
 
+def flat(values) -> list:
+    """What is in nested lists, one after another."""
+    if not isinstance(values, (tuple, list)):
+        return [values]
+    return [one for value in values for one in flat(value)]
+
+
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_fake_kernel_tells_the_truth(name, arguments):
     """Shapes, dtypes, devices and strides of the fake results are those of the real ones."""
     op = getattr(torch.ops.peft_kernels, name).default
     with FakeTensorMode() as mode:
-        fakes = op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
-    reals = op(*arguments)
-    many = isinstance(reals, (tuple, list))
-    for fake, real in zip(fakes if many else [fakes], reals if many else [reals], strict=True):
+        fakes = op(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+    for fake, real in zip(flat(fakes), flat(op(*arguments)), strict=True):
         assert (fake.shape, fake.dtype, fake.device, fake.stride()) == (
             real.shape, real.dtype, real.device, real.stride(),
         )  # fmt: skip
@@ -94,9 +246,8 @@ def test_fake_kernel_tells_the_truth(name, arguments):
 @pytest.mark.parametrize(("name", "arguments"), CASES)
 def test_results_own_their_memory(name, arguments):
     """No result is a view of an argument or of another result, so a caller may write into it."""
-    results = getattr(torch.ops.peft_kernels, name).default(*arguments)
-    results = list(results) if isinstance(results, (tuple, list)) else [results]
-    tensors = [t for t in (*arguments, *results) if isinstance(t, torch.Tensor) and t.numel()]
+    results = flat(getattr(torch.ops.peft_kernels, name).default(*arguments))
+    tensors = [t for t in (*flat(arguments), *results) if isinstance(t, torch.Tensor) and t.numel()]
     addresses = [t.untyped_storage().data_ptr() for t in tensors]
     assert len(set(addresses)) == len(addresses)
 
@@ -108,8 +259,7 @@ def test_autocast_does_not_reach_into_an_op(name, arguments):
     expected = op(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
         results = op(*arguments)
-    many = isinstance(results, (tuple, list))
-    for value, truth in zip(results if many else [results], expected if many else [expected], strict=True):
+    for value, truth in zip(flat(results), flat(expected), strict=True):
         assert value.dtype == truth.dtype
         assert torch.equal(value, truth)
 

@@ -34,7 +34,7 @@ def backward(grad_y, ids, weight, lora_A, lora_B, scaling, padding_idx, needs):
         # B is scaled rather than the product: its roundings average out in the sum.
         grad_s = torch.mm(grad_y.to(wide), cast(lora_B, grad_y.dtype).to(wide) * scaling)
         grad_a = torch.ops.aten.embedding_dense_backward(grad_s, ids, weight.shape[0], padding_idx, False)
-        grad_a = grad_a.t().to(lora_A.dtype, memory_format=torch.contiguous_format)
+        grad_a = grad_a.t().to(lora_A.dtype).contiguous()
     if need_b:
         grad_b = sum_over_rows(grad_y, _rows_of_a(ids, lora_A, grad_y.dtype), lora_B, scaling)
     return grad_weight, grad_a, grad_b
