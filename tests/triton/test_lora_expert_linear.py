@@ -254,14 +254,16 @@ def test_nothing_beyond_the_results_is_written(dropout_p, monkeypatch):
 
 
 def test_a_program_writes_rows_of_its_own_expert_alone(arch, monkeypatch):
-    """Beside others it would overwrite theirs; in the interpreter, where programs follow each other, only if it is alone."""
+    """Others would race with it. In the interpreter, where programs follow each other, that shows when it is alone."""
     from peft_kernels.kernels.triton._expert_down_projection import expert_down_projection
     from peft_kernels.kernels.triton._expert_gemm import expert_gemm
 
     launch = _launch.launch
-    monkeypatch.setattr(
-        _launch, "launch", lambda kernel, grid, *rest, **o: launch(kernel, (1,) * len(grid), *rest, **o)
-    )
+
+    def launch_one(kernel, grid, *arguments, **options):
+        launch(kernel, (1,) * len(grid), *arguments, **options)
+
+    monkeypatch.setattr(_launch, "launch", launch_one)
     offsets, x = torch.tensor([5, 40], dtype=torch.int32), torch.randn(40, 16, dtype=F16)
     s = expert_down_projection(x, torch.randn(2, 4, 16, dtype=F16), offsets)
     y = expert_gemm(x, torch.randn(2, 16, 16, dtype=F16), s, torch.randn(2, 4, 16, dtype=F16), offsets, 1.0)
