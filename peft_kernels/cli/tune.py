@@ -144,7 +144,7 @@ def workloads(options: argparse.Namespace) -> Iterator[Workload]:
     dtypes = [DTYPES[name] for name in options.dtype]
     ops = options.op or ["lora_linear", *(op for op in tunable() if op != "lora_linear")]
     for shape in presets.shapes(options.shapes or PRESETS[options.preset], dtypes, adapter_dtypes, options.dropout):
-        yield from (Workload(op, shape) for op in ops)
+        yield from (Workload(op, shape) for op in ops if shape.dropout_p or op != "philox_dropout")
 
 
 def tune(
