@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tests.helpers import relative_error
 
 IDS = torch.arange(14).reshape(2, 7)
 
@@ -46,6 +49,18 @@ def disturb(model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def assert_frozen(layer: nn.Module, x: Tensor, y: Tensor) -> None:
+    """y, the output of an adapted layer, is the frozen one's: to the rounding of one matmul, whose sums may run in
+    another order than PyTorch's, and without a trace of the update: other values of A change no bit."""
+    bias = None if layer.bias is None else layer.bias.double()
+    assert relative_error(y, F.linear(x.double(), layer.weight.double(), bias)) < torch.finfo(y.dtype).eps
+    values = layer.lora_A.detach().clone()
+    with torch.no_grad():
+        layer.lora_A.mul_(-3)
+        assert torch.equal(layer(x), y)
+        layer.lora_A.copy_(values)
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from peft_kernels import FusedLoRALinear
 from tests.helpers import relative_error
+from tests.nn.models import assert_frozen
 
 HALF = [torch.float16, torch.bfloat16]
 
@@ -44,7 +45,7 @@ class TestStart:
     def test_equals_the_frozen_layer(self, dtype, bias):
         layer = FusedLoRALinear(12, 10, 3, dtype=dtype, bias=bias)
         x = torch.randn(7, 12, dtype=dtype)
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert_frozen(layer, x, layer(x))
         assert (layer.bias is not None) == bias
 
     def test_a_is_kaiming_uniform_as_in_peft(self):
@@ -102,7 +103,7 @@ class TestStart:
         assert layer.weight is weight
         assert not layer.lora_B.any()
         x = torch.randn(4, 12)
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert_frozen(layer, x, layer(x))
 
     def test_meta(self):
         layer = FusedLoRALinear(2**20, 2**20, 8, device="meta")
@@ -145,7 +146,7 @@ class TestFromLinear:
         assert not layer.fan_in_fan_out
         assert not linear.weight.requires_grad
         x = torch.randn(5, 12)
-        assert torch.equal(layer(x), linear(x))
+        assert_frozen(layer, x, layer(x))
 
     @pytest.mark.parametrize(("n", "k"), [(10, 12), (8, 8)], ids=["rectangular", "square"])
     def test_conv1d(self, n, k):
@@ -465,7 +466,7 @@ class TestModes:
         mean = layer.train()(x.expand(20_000, 12)).mean(0, keepdim=True)
         assert relative_error(mean - frozen, exact - frozen) < 0.1
         layer.lora_dropout = 1.0
-        assert torch.equal(layer(x), frozen)
+        assert_frozen(layer, x, layer(x))
 
     def test_repr(self):
         layer = FusedLoRALinear(12, 10, 4, lora_alpha=6, lora_dropout=0.1, bias=False)

@@ -12,6 +12,7 @@ from torch import nn
 from peft_kernels import FusedLoRALinear, functional
 from tests.helpers import relative_error
 from tests.nn.against_peft import pair, run
+from tests.nn.models import assert_frozen
 
 EXACT = 1e-13
 
@@ -95,7 +96,7 @@ class TestAdapterBias:
     def test_starts_as_the_frozen_layer_and_trains(self):
         layer = FusedLoRALinear(12, 10, 3, lora_bias=True)
         x = torch.randn(5, 12)
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert_frozen(layer, x, layer(x))
         assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B", "lora_bias"]
         layer(x).sum().backward()
         assert torch.allclose(layer.lora_bias.grad, torch.full((10,), 5 * layer.scaling))
