@@ -55,7 +55,7 @@ def test_accuracy(width, shape, dtypes, dropout_p):
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=str)
 def test_rounding_of_small_layers(width, shape, dtypes, dropout_p):
     m, k, n, r = shape
-    assert cpu_kernel._is_small(m, n, k, r)
+    assert cpu_kernel.is_small(m, n, k, r)
     problem = LoraProblem(m, k, n, r, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=dropout_p)
     for tensor in ("weight", "bias"):  # by PyTorch anyway
         problem.tensors[tensor].requires_grad_(False)
@@ -94,7 +94,7 @@ SIZES = {"small": (20, 40, 50, 6), "large": (70, 60, 80, 6)}
 
 
 def test_both_ways_are_tested(cpu):
-    assert [cpu_kernel._is_small(m, n, k, r) for m, k, n, r in SIZES.values()] == [True, False]
+    assert [cpu_kernel.is_small(m, n, k, r) for m, k, n, r in SIZES.values()] == [True, False]
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
@@ -129,8 +129,8 @@ def test_rows_do_not_depend_on_the_batch(cpu):
     """S of a row is the same bits alone as among others, also where it alone is a small layer."""
     x, weight, a, b, _, _ = tensors(50, 300, 10, 8)
     _, whole = cpu_kernel.forward(x, weight, None, a, b, 0.5, 0.0, None)
-    assert cpu_kernel._is_small(1, 10, 300, 8)
-    assert not cpu_kernel._is_small(50, 10, 300, 8)
+    assert cpu_kernel.is_small(1, 10, 300, 8)
+    assert not cpu_kernel.is_small(50, 10, 300, 8)
     for row in (0, 7, 33, 49):
         _, alone = cpu_kernel.forward(x[row : row + 1], weight, None, a, b, 0.5, 0.0, None)
         assert torch.equal(alone[0], whole[row])
@@ -161,10 +161,10 @@ def problem(**changes) -> Problem:
 
 def test_what_it_refuses_and_what_it_leaves_to_others(cpu):
     assert cpu_kernel.unsupported(problem()) is None
-    assert cpu_kernel.unproven(problem()) is None
     assert "x is on cuda" in cpu_kernel.unsupported(problem(device="cuda"))
     assert "float64" in cpu_kernel.unsupported(problem(dtype=torch.float64))
     assert "nothing" in cpu_kernel.unsupported(problem(m=0))
-    assert "rank" in cpu_kernel.unproven(problem(r=16))
-    assert cpu_kernel.unproven(problem(r=16, dropout=True)) is None
-    assert cpu_kernel.unproven(problem(r=16, dtype=BF16)) is None
+    for taken in ({}, {"r": 64}, {"m": 1, "dropout": True}, {"m": 1, "dtype": BF16}, {"m": 4, "k": 16, "n": 16}):
+        assert cpu_kernel.unproven(problem(**taken)) is None, taken
+    for left, why in (({"r": 128}, "above rank"), ({"m": 32}, "64 rows"), ({"m": 128, "r": 16}, "so few")):
+        assert why in cpu_kernel.unproven(problem(**left)), left

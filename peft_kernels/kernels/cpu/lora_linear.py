@@ -1,25 +1,31 @@
-"""`lora_linear` on a CPU: the base matmuls stay in PyTorch, the low-rank half runs in csrc/lora_linear.cpp.
+"""`lora_linear` on a CPU: the base matmuls stay in PyTorch, the low-rank half runs in csrc/lora_linear_group.cpp;
+layers of a few thousand multiplications are one call into csrc/lora_linear.cpp, base matmul included.
 
 What the low-rank half costs, forward and backward, as a part of what the `composed` form of it costs (one thread of an
-AVX2 server, PyTorch 2.13 with MKL; the base matmuls are the same in both and not counted):
+AVX2 server, PyTorch 2.13 with MKL; CPU time of whole layers in turn, less that of the base matmuls alone, medians,
+while the machine was busy with other work):
 
-    M x K x N               r     float32   float32, dropout 0.1   16-bit, p = 0 / 0.1
-    512 x 1024 x 1024       2     0.24      0.29
-    512 x 1024 x 1024       8     0.31      0.35
-    512 x 1024 x 1024      16     0.83      0.52                   0.07 / 0.08
-    2000 x 384 x 384       16     1.04      0.83
-    2000 x 384 x 1536      16     1.01      0.89
-    2000 x 1536 x 384      16     1.09      0.43
-    512 x 1024 x 1024      32     0.97      0.77
-    512 x 1024 x 1024      64     1.07      0.90
-    512 x 1024 x 1024     128     1.12      0.99
-    64 x 384 x 384          8     0.66      0.34
-    16 x 384 x 384          8     0.97      0.29                   (r = 16) 0.19 / 0.15
-    4 x 384 x 384           8     1.29      0.27
+    M x K x N               r     float32   float32, dropout 0.1   16-bit, p = 0
+    512 x 1024 x 1024       2     0.36
+    512 x 1024 x 1024       4     0.45
+    512 x 1024 x 1024       8     0.40
+    512 x 1024 x 1024      16     0.82      0.63
+    512 x 1024 x 1024      32     0.92
+    512 x 1024 x 1024      64     0.90      0.83
+    512 x 1024 x 1024     128     1.08      1.07
+    256 x 1024 x 1024      16     0.82
+    2000 x 384 x 1536      16     0.98
+    256 x 384 x 384        16     1.07
+    128 x 384 x 384         4     0.81
+    64 x 384 x 384          8     0.98                             (r = 16) 0.16
+    16 x 384 x 384          8     1.19      (r = 16) 0.31          (r = 16) 0.27
 
-MKL's products are slow where one side is below 16 and near their peak from 16 on; PyTorch's 16-bit ones are slow on a
-processor without 16-bit matrix instructions; dropout in registers always saves passes. Of the whole layer with its base
-matmuls the low-rank half is 5 to 30 %: at 512 x 1024 x 1024, r = 8, forward and backward take 0.91 of the composed.
+MKL's products are slow where one side is below 16; PyTorch's 16-bit ones are slow on a processor without 16-bit matrix
+instructions; dropout in registers always saves passes. On few rows packing A and B costs as much as it saves. Of the
+whole layer with its base matmuls the low-rank half is 5 to 30 %.
+
+Whole small layers, forward and backward, over `composed`: 0.40 (4 x 16 x 16, r = 4), 0.53 (16 x 32 x 32, r = 8), 0.64
+(16 x 64 x 64, r = 8), 0.75 (32 x 64 x 64, r = 16); with dropout 0.06 to 0.13.
 """
 
 from __future__ import annotations
@@ -49,27 +55,27 @@ def unsupported(problem) -> str | None:
 
 
 def unproven(problem) -> str | None:
-    if _is_small(problem.m, problem.n, problem.k, problem.r):
+    if is_small(problem.m, problem.n, problem.k, problem.r):
         return None
     if problem.r > 64:
         return "PyTorch's matmuls are faster above rank 64"
-    if problem.dropout:
+    if problem.dropout or problem.dtype != torch.float32:
         return None
-    if problem.m < 16:
-        return "PyTorch's matmuls are as fast below 16 rows without dropout"
-    if problem.r >= 16 and problem.dtype == torch.float32:
-        return "PyTorch's matmuls are as fast in float32 from rank 16 without dropout"
+    if problem.m < 64:
+        return "PyTorch's matmuls are as fast below 64 rows without dropout"
+    if problem.r >= 16 and problem.m * (problem.n + problem.k) < 1 << 19:
+        return "PyTorch's matmuls are as fast on so few elements from rank 16 on, without dropout"
     return None
 
 
-def _is_small(m: int, n: int, k: int, r: int) -> bool:
+def is_small(m: int, n: int, k: int, r: int) -> bool:
     """Whether the whole layer is one call into csrc, because calling PyTorch's matmuls would take most of the time."""
     return m * n * k <= 131072 and n * k <= 4096 and r <= 64
 
 
 def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     (m, k), (n, r) = x.shape, lora_B.shape
-    if _is_small(m, n, k, r):
+    if is_small(m, n, k, r):
         return _small_forward(m, n, k, r, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     y = F.linear(x, weight, bias)
     x, a, b = row_major(x), row_major(lora_A), row_major(lora_B)
@@ -113,7 +119,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     grad_b = lora_B.new_empty(n, r) if need_b else None
     # What a wanted gradient does not read may be None: csrc takes a null pointer for it.
     x, s = x if need_a else None, s if need_b else None
-    if _is_small(m, n, k, r):
+    if is_small(m, n, k, r):
         grad_x = grad_y.new_empty(m, k) if need_x else None
         _small_backward(
             m, n, k, r, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, grad_x, grad_a, grad_b
