@@ -28,11 +28,10 @@ def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     tensor twice (tied weights in a group)."""
     if not torch.compiler.is_compiling():
         return list(tensors)
-    seen: set[int] = set()
     result: list[Tensor | None] = []
-    for tensor in tensors:
-        if tensor is not None:
-            tensor = tensor.view_as(tensor) if id(tensor) in seen else tensor
-            seen.add(id(tensor))
+    for i, tensor in enumerate(tensors):
+        # By `is`: dynamo would guard on the numbers that id() gives, and compile anew for every layer.
+        if tensor is not None and any(tensor is other for other in tensors[:i]):
+            tensor = tensor.view_as(tensor)
         result.append(tensor)
     return result

@@ -25,7 +25,7 @@ def drawer(seed: int, device: str) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
         return values.to(dtype).to(device).requires_grad_()
 
     return draw
