@@ -116,12 +116,12 @@ def test_dropout_has_pefts_distribution(fused):
     moments = []
     for module in (model, stock):
         torch.manual_seed(5)
-        draws = torch.stack([module(x) for _ in range(1500)]).detach()
+        draws = torch.stack([module(x) for _ in range(500)]).detach()
         moments.append((draws.mean(0), draws.std(0)))
     (mean, std), (expected, expected_std) = moments
-    error = (mean - expected) / (2 / 1500 * expected_std.square()).sqrt()
+    error = (mean - expected) / (2 / 500 * expected_std.square()).sqrt()
     assert float(error.abs().max()) < 4.5
-    assert float(std.norm() / expected_std.norm()) == pytest.approx(1, abs=0.05)
+    assert float(std.norm() / expected_std.norm()) == pytest.approx(1, abs=0.06)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
