@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import dispatch
+from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._tracing import fold_scaling
 
 SCHEMAS = {
@@ -54,6 +55,8 @@ KERNELS = {"dora_weight_norm": (kernel, fake)}
 def dora_weight_norm(weight, lora_A, lora_B, scaling, weight_norm_squared):
     with torch.no_grad():
         lora_B, scaling = fold_scaling(lora_B, scaling)
+        if is_plain(weight) and not torch._C._is_any_autocast_enabled():
+            return kernel(weight, lora_A, lora_B, scaling, weight_norm_squared)
         return torch.ops.peft_kernels.dora_weight_norm(
             weight.detach(), lora_A.detach(), lora_B.detach(), scaling, weight_norm_squared
         )
