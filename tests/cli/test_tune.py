@@ -429,6 +429,8 @@ def wrong_with_blocks_of_16(*arguments):
 
 triton.forward = wrong_with_blocks_of_16
 candidates.SPACES.clear()
+candidates._of_rules = lambda *_: iter(())
+candidates.SPACES["sum_over_rows"] = candidates.Space((("block_m", (32, 64)), ("num_warps", (4,))))
 candidates.SPACES["down_projection"] = candidates.Space((("block_m", (16, 32, 64)), ("num_warps", (4,))))
 target = tune.Target("cpu", "sm_80", None, candidates.Machine("sm_80", 3, 99 << 10), Path(sys.argv[1]))
 shape = Shape((40,), 48, 64, 5, torch.float16, torch.float32, 0.25)
