@@ -254,6 +254,47 @@ def test_f52_in_place_updates_are_seen():
     assert torch.equal(module(x), other(x))
 
 
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "lora_magnitude_vector"])
+@pytest.mark.parametrize("training", [True, False])
+def test_f52_norms_of_dora_see_in_place_updates(training, name):
+    """What is remembered of ‖W + s B A‖ ends with any of its parts: a stale norm is a wrong scale of each output."""
+    module = layer(use_dora=True).train(training)
+    x = torch.randn(5, 24)
+    module(x)
+    with torch.no_grad():
+        getattr(module, name).mul_(1.5)
+    again = module(x)
+    norm = (module.weight + module.scaling * module.lora_B @ module.lora_A).norm(dim=1)
+    u = F.linear(x, module.weight) + module.scaling * (x @ module.lora_A.t()) @ module.lora_B.t()
+    torch.testing.assert_close(again, module.lora_magnitude_vector / norm * u + module.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_f52_embeddings_see_in_place_updates():
+    module = peft_kernels.FusedLoRAEmbedding(20, 8, r=3)
+    ids = torch.arange(12).view(3, 4)
+    module(ids)
+    for name in ("weight", "lora_embedding_A", "lora_embedding_B"):
+        parameter = getattr(module, name)
+        with torch.no_grad():
+            parameter.normal_()
+        update = module.lora_embedding_A[:, ids].permute(1, 2, 0) @ module.lora_embedding_B.t()
+        expected = module.weight[ids] + module.scaling * update
+        torch.testing.assert_close(module(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_f57_the_activation_is_the_models_own(activation):
+    """Others compute SiLU whatever the model's block has: GELU, its tanh form and SiLU differ."""
+    x = torch.linspace(-3, 3, 25).view(5, 5)
+    w = torch.eye(5)
+    wanted = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
+    y = peft_kernels.functional.lora_swiglu_mlp(
+        x, (w, w, w), (None,) * 3, (None,) * 3, scalings=1.0, activation=activation
+    )
+    for name, function in wanted.items():
+        assert (relative_error(y, function(x) * x) < 1e-6) == (name == activation), name
+
+
 @pytest.mark.parametrize(
     "copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), copy.copy], ids=["deepcopy", "pickle", "copy"]
 )
