@@ -48,6 +48,7 @@ def lora_expert_linear(
         lora_A: [experts, r, in_features], 1 <= r <= 512, in any of these dtypes.
         lora_B: [experts, out_features, r] in lora_A's dtype.
         offsets: int32 [experts], ascending: the row after the last one of each expert (`torch._grouped_mm`'s `offs`).
+            Implementations that let the host read them raise for wrong ones; on a GPU the Triton kernels do not look.
         scaling: s, usually lora_alpha / r.
         bias: [experts, out_features] in x's dtype, or None.
         dropout_p: probability, in [0, 1], that an element of x is zeroed for the low-rank branch.
