@@ -80,6 +80,10 @@ def test_strides(dtype):
     expected = _ours(gate.contiguous(), up.contiguous(), grad_h.contiguous(), "silu")
     for value, reference in zip(_ours(gate, up, grad_h, "silu"), expected, strict=True):
         assert torch.equal(value, reference)
+    gate, up = gate.t().contiguous().t(), torch.cat([up, up], 1)[:, ::2]
+    expected = _ours(gate.contiguous(), up.contiguous(), grad_h.contiguous(), "silu")
+    for value, reference in zip(_ours(gate, up, grad_h, "silu"), expected, strict=True):
+        assert torch.equal(value, reference)
     expanded = _draw(1, 1, dtype=dtype).expand(21, 40)
     expected = _ours(gate, up, expanded.contiguous(), "silu")
     for value, reference in zip(_ours(gate, up, expanded, "silu"), expected, strict=True):
