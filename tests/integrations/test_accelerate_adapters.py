@@ -146,6 +146,22 @@ def test_alora_adds_to_the_last_tokens_only(offsets, fused):
     assert fused.ops() == {"lora_linear": 2}
 
 
+def test_alora_with_a_bias_adds_it_to_the_last_tokens_only(fused):
+    model = alora(lora_bias=True)
+    for layer in layers_of(model):
+        nn.init.normal_(layer.lora_B["default"].bias)
+    stock = models.twin(model)
+    accelerate(model, strict=True)
+    results = []
+    for layer in (layers_of(model)[0], layers_of(stock)[0]):
+        x = features(3, 4, 24)
+        y = layer(x, alora_offsets=[2, None, 5])
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, layer.lora_B["default"].bias))))
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected)
+    assert fused.ops() == {"lora_linear": 1}
+
+
 def test_alora_of_two_dimensions_and_without_offsets(fused):
     model = alora()
     stock = models.twin(model)

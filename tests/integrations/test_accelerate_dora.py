@@ -190,6 +190,15 @@ def test_norms_follow_trained_adapters_and_base_weights(norms):
     assert_close(model, stock, features())
 
 
+def test_norms_of_a_trained_base_weight_are_not_kept(fused):
+    """FSDP2 gathers a trained weight into the same memory without counting the change."""
+    model, _ = pair()
+    weight = first(model).base_layer.weight.requires_grad_(True)
+    model(features())
+    weight.data.mul_(2)
+    assert_close(model, models.twin(model), features())
+
+
 def test_copies_keep_norms_of_their_own(norms, fused):
     model, _ = pair()
     model(features())
