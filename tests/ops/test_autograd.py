@@ -81,6 +81,16 @@ def test_s_is_not_kept_for_frozen_up_projections(backend):
     assert_within_rounding(problem, result)
 
 
+@pytest.mark.parametrize("backend", across("dora_linear"), indirect=True)
+def test_what_the_magnitude_scales_is_not_kept_where_it_is_frozen(backend):
+    """As large as y, and used for the magnitude's gradient alone."""
+    problem = problem_of(backend.op, device=backend.device)
+    problem.freeze_all_but("x", "lora_A", "lora_B")
+    result, saved = saved_by(problem.run)
+    assert result[0].shape not in [t.shape for t in saved]
+    assert_within_rounding(problem, result)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @NEW_OPS
 def test_each_gradient_alone_and_all_but_it(backend, dropout_p):
