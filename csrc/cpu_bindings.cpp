@@ -148,7 +148,8 @@ void small_backward(int64_t m, int64_t n, int64_t k, int64_t r, int dtype, int a
                     uintptr_t grad_B) {
   lora_small_backward(small_layer(m, n, k, r, dtype, adapter_dtype, x, weight, 0, grad_y, s, lora_A, lora_B, scaling,
                                   dropout(seed, threshold, scale)),
-                      {{pointer(grad_x), k, dtype}, {pointer(grad_A), k, adapter_dtype}, {pointer(grad_B), r, adapter_dtype}});
+                      {{pointer(grad_x), k, dtype}, {pointer(grad_A), k, adapter_dtype},
+                       {pointer(grad_B), r, adapter_dtype}});
 }
 
 void gated_forward_call(int64_t rows, int64_t columns, int dtype, int activation, uintptr_t gate, int64_t gate_stride,
@@ -172,7 +173,8 @@ void dora_scale_call(int64_t rows, int64_t columns, int dtype, uintptr_t u, uint
 }
 
 void dora_backward_call(int64_t rows, int64_t columns, int dtype, uintptr_t grad_y, int64_t grad_stride, uintptr_t u,
-                        int64_t u_stride, uintptr_t g, uintptr_t grad_u, uintptr_t products, uintptr_t sums, int threads) {
+                        int64_t u_stride, uintptr_t g, uintptr_t grad_u, uintptr_t products, uintptr_t sums,
+                        int threads) {
   dora_backward(rows, columns, {pointer(grad_y), grad_stride, dtype}, {pointer(u), u_stride, dtype},
                 static_cast<const float*>(pointer(g)), {pointer(grad_u), columns, dtype},
                 static_cast<float*>(pointer(products)), static_cast<float*>(pointer(sums)), threads);

@@ -53,8 +53,8 @@ struct Group {
 // s = drop(x) Aᵀ, y += sum of scaling s Bᵀ over the output's adapters, in one pass over x and each y.
 void lora_group_forward(const Group& group, int threads);
 
-// With dS = scaling dY B: grad_x += sum of drop(dS A), grad_A = dSᵀ drop(x), grad_B = scaling dYᵀ s, in one pass over each
-// of dY, x and grad_x. A gradient whose data is null is not computed, nor is its input read.
+// With dS = scaling dY B: grad_x += sum of drop(dS A), grad_A = dSᵀ drop(x), grad_B = scaling dYᵀ s, in one pass over
+// each of dY, x and grad_x. A gradient whose data is null is not computed, nor is its input read.
 void lora_group_backward(const Group& group, Matrix grad_x, int threads);
 
 // A whole lora_linear: y = x Wᵀ + bias + scaling s Bᵀ with s = drop(x) Aᵀ, on one thread.

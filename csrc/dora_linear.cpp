@@ -1,7 +1,7 @@
 // The passes of dora_linear over u and dY on the CPU; its low-rank half is that of lora_linear.
 //
-// Sums over rows are kept in float for a short chain of rows and in double for each part of the rows and in total, added in
-// order: nothing but the chains rounds, and the bits do not depend on the number of threads.
+// Sums over rows are kept in float for a short chain of rows and in double for each part of the rows and in total, added
+// in order: nothing but the chains rounds, and the bits do not depend on the number of threads.
 #include "buffer.h"
 #include "cpu_kernels.h"
 

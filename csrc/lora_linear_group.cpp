@@ -1,5 +1,5 @@
-// The low-rank half of lora_linear and lora_linear_group on the CPU, added to the base matmuls, which stay in PyTorch (MKL,
-// oneDNN). The other way round, matmuls that add to the low-rank half, is as fast and rounds more: MKL starts its sums
+// The low-rank half of lora_linear and lora_linear_group on the CPU, added to the base matmuls, which stay in PyTorch
+// (MKL, oneDNN). The other way round, matmuls that add to the low-rank half, is as fast and rounds more: MKL starts its sums
 // from what is there.
 //
 // A block of rows goes through all products while its tiles are in the L1 cache. Sums over rows (dA, dB) are kept for each

@@ -1,4 +1,5 @@
-// What dora_linear does to rows of u = x Wᵀ + s S Bᵀ and of dY beside the products; included by each.h once per vector width.
+// What dora_linear does to rows of u = x Wᵀ + s S Bᵀ and of dY beside the products; included by each.h once per vector
+// width.
 
 inline Floats load_at(const float* source, int64_t i) { return load<Floats>(source + i); }
 

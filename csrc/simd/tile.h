@@ -58,8 +58,8 @@ inline void store_row(const float* source, int64_t columns, float scale, void* r
   std::memcpy(target + i, last, (columns - i) * sizeof(Storage));
 }
 
-// Asks for the cache lines of a row's part before it is needed: of the tile to the right of the one at hand. The processor's
-// own prefetch does not follow short pieces of many rows. Beyond the last column this is the next row: harmless.
+// Asks for the cache lines of a row's part before it is needed: of the tile to the right of the one at hand. The
+// processor's own prefetch does not follow short pieces of many rows. Beyond the last column is the next row: harmless.
 PEFT_KERNELS_INLINE void prefetch(const char* bytes, int64_t count) {
   for (int64_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i);
 }
@@ -210,8 +210,8 @@ struct Accumulators {
   }
 };
 
-// Terms that a register tile sums before they are added to memory. Shorter chains round less, and add more often: long sums
-// are cut by their tiles anyway.
+// Terms that a register tile sums before they are added to memory. Shorter chains round less, and add more often: long
+// sums are cut by their tiles anyway.
 inline int chain(int64_t length) { return length < 384 ? 24 : kTileColumns; }
 
 // Adds a tile's `columns` to all `ranks` of s. `packed` holds a weight of `length` rows; the tile starts at row `first`.
