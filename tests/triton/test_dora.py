@@ -41,7 +41,7 @@ def _grid() -> list[tuple]:
         ((m, chance.choice(sizes), chance.choice(sizes), r), chance.random() < 0.5, chance.choice((0.0, 0.4)))
         for m, r in itertools.product((0, 1, 17, 67), RANKS)
     ]
-    return [(*case, F16) for case in cases] + [(*case, F32) for case in cases[::4]]
+    return [(*case, F16) for case in cases] + [(*case, F32) for case in cases[::5]]
 
 
 @pytest.mark.parametrize(("sizes", "bias", "dropout_p", "dtype"), _grid(), ids=str)
@@ -50,7 +50,7 @@ def test_awkward_shapes(sizes, bias, dropout_p, dtype):
     assert_within_rounding(problem, problem.run())
 
 
-@pytest.mark.parametrize(("m", "r", "dropout_p"), [(140, 16, 0.25), (70, 160, 0.0)])
+@pytest.mark.parametrize(("m", "r", "dropout_p"), [(140, 16, 0.25), (20, 160, 0.0)])
 def test_several_tiles_and_splits_of_each_architecture(arch, m, r, dropout_p):
     problem = _problem(m, 136, 264, r, dtype=F16, dropout_p=dropout_p)
     assert_as_accurate_as_eager(problem, problem.run())
@@ -146,14 +146,14 @@ def test_nothing_beyond_the_results_is_written(monkeypatch):
 
 
 def test_the_same_bits_run_to_run():
-    problem = _problem(140, 72, 80, 8, dtype=F16, dropout_p=0.2)
+    problem = _problem(70, 72, 40, 8, dtype=F16, dropout_p=0.2)
     first, second = named(problem.run()), named(problem.run())
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
 def test_only_what_is_wanted_is_computed():
-    problem = _problem(30, 41, 35, 6, dropout_p=0.3)
+    problem = _problem(20, 17, 15, 6, dtype=F16, dropout_p=0.3)
     _, everything = problem.run()
     for count in (1, 2):
         for wanted in itertools.combinations(everything, count):
@@ -161,7 +161,7 @@ def test_only_what_is_wanted_is_computed():
             _, grads = problem.run()
             assert set(grads) == set(wanted)
             for name, grad in grads.items():
-                torch.testing.assert_close(grad, everything[name], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(grad, everything[name], rtol=2e-3, atol=2e-3)
 
 
 # dora_weight_norm
@@ -186,7 +186,7 @@ def _exact(weight, lora_A, lora_B, scaling):
 @pytest.mark.parametrize("known", [False, True], ids=["", "known"])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), [(F32, F32), (F16, F16), (F16, F32)], ids=str)
 @pytest.mark.parametrize(("n", "k", "r"), [(1, 1, 1), (7, 40, 3), (67, 133, 8), (70, 300, 16), (33, 64, 48)])
-def test_norm(arch, n, k, r, dtype, adapter_dtype, known):
+def test_norm(n, k, r, dtype, adapter_dtype, known):
     """float32's accuracy from 16-bit matrices too: their products are exact in float32, their sums are its."""
     weight, lora_A, lora_B = _matrices(n, k, r, dtype, adapter_dtype)
     squares = (weight.double() ** 2).sum(1).float() if known else None
@@ -197,7 +197,7 @@ def test_norm(arch, n, k, r, dtype, adapter_dtype, known):
 
 
 def test_norm_of_a_rank_above_one_tile(arch):
-    weight, lora_A, lora_B = _matrices(40, 72, 300, F16)
+    weight, lora_A, lora_B = _matrices(20, 24, 136, F16)
     found = functional.dora_weight_norm(weight, lora_A, lora_B, scaling=0.7)
     assert relative_error(found, _exact(weight, lora_A, lora_B, 0.7)) <= 5e-7
 

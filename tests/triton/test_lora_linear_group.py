@@ -29,7 +29,7 @@ def _grid() -> list[tuple]:
         (m, chance.choice(sizes), tuple(chance.choice(sizes) for _ in ranks), ranks, chance.choice((0.0, 0.4)))
         for m, ranks in itertools.product((0, 1, 17, 67), LAYOUTS)
     ]
-    return [(case, F16) for case in cases] + [(case, F32) for case in cases[::4]]
+    return [(case, F16) for case in cases] + [(case, F32) for case in cases[::6]]
 
 
 def _name(value) -> str:
@@ -66,18 +66,18 @@ def test_awkward_shapes(case, dtype):
     assert_within_rounding(problem, problem.run())
 
 
-@pytest.mark.parametrize(("dropout_p", "masked"), [(0.0, False), (0.0, True), ([0.2, 0.0, 0.5], True)], ids=str)
+@pytest.mark.parametrize(("dropout_p", "masked"), [(0.0, False), ([0.2, 0.0, 0.5], True)], ids=str)
 def test_several_tiles_and_splits_of_each_architecture(arch, dropout_p, masked):
     problem = GroupProblem(
-        140, 136, (136, 72, 40), ((16,), (3,), (8,)), dtype=F16, dropout_p=dropout_p,
-        token_mask=_token_mask(140) if masked else None,
+        132, 72, (136, 72, 40), ((16,), (3,), (8,)), dtype=F16, dropout_p=dropout_p,
+        token_mask=_token_mask(132) if masked else None,
     )  # fmt: skip
     assert_as_accurate_as_eager(problem, problem.run())
 
 
-def test_several_adapters_of_their_own_scalings(arch):
+def test_several_adapters_of_their_own_scalings():
     problem = GroupProblem(
-        70, 72, (40, 72), ((16, 3), (8, 1)), dtype=F16, scalings=[[2.0, 0.3], [1.0, 5.0]],
+        70, 72, (40, 72), ((8, 3), (8, 1)), dtype=F16, scalings=[[2.0, 0.3], [1.0, 5.0]],
         dropout_p=[[0.3, 0.0], [0.1, 0.6]], token_mask=_token_mask(70),
     )  # fmt: skip
     assert_as_accurate_as_eager(problem, problem.run())
@@ -85,7 +85,7 @@ def test_several_adapters_of_their_own_scalings(arch):
 
 @pytest.mark.parametrize("ranks", [((48, 48), (1,)), ((160,), (8,))], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_ranks_that_need_two_passes_over_grad_y(arch, ranks, dropout_p):
+def test_ranks_that_need_two_passes_over_grad_y(ranks, dropout_p):
     problem = GroupProblem(70, 72, (40, 24), ranks, dtype=F16, scalings=[[2.0, 0.5][: len(ranks[0])], 0.3],
                            dropout_p=dropout_p, token_mask=_token_mask(70))  # fmt: skip
     if len(ranks[0]) == 1:
@@ -141,7 +141,7 @@ def test_rows_that_tma_can_address_go_through_descriptors(monkeypatch):
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
     forms, fits = [], _product.fits
     monkeypatch.setattr(_product, "fits", lambda x, w: forms.append(fits(x, w)) or forms[-1])
-    problem = GroupProblem(150, 136, (264, 72), ((16,), (8,)), dtype=F16)
+    problem = GroupProblem(132, 72, (264, 72), ((16,), (8,)), dtype=F16)
     expected = named(problem.run())
     assert forms
     assert all(forms)
