@@ -177,7 +177,7 @@ def _nesting(outputs: list[int], nested: Adapters) -> str:
 def _per_adapter(op: str, name: str, values: float | Sequence[Any], lora_As: Adapters, adapters: int) -> list[float]:
     """One float for each adapter, from one for all or from the nesting of lora_As."""
     check = check_finite if name == "scalings" else check_probability
-    if not isinstance(values, Sequence):
+    if type(values) is float or not isinstance(values, Sequence):  # the first test is the cheaper one
         check(op, name, values)
         return [values * 1.0] * adapters
     if len(values) != len(lora_As):
@@ -185,7 +185,7 @@ def _per_adapter(op: str, name: str, values: float | Sequence[Any], lora_As: Ada
     flat: list[float] = []
     for j, (value, entry) in enumerate(zip(values, lora_As, strict=True)):
         members = 0 if entry is None else 1 if isinstance(entry, Tensor) else len(entry)
-        if isinstance(value, Sequence):
+        if type(value) is not float and isinstance(value, Sequence):
             if len(value) != members:
                 raise ValueError(
                     f"{op}: {name}[{j}] has {len(value)} entries; expected one for each of {members} adapters"
