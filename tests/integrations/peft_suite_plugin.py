@@ -15,8 +15,8 @@ Result on a CPU with peft 0.21.2 and torch 2.13.0, of the tests about DoRA, aLoR
 adapters and mixed batches (`-k "(LoRA or lora) and (dora or DoRA or alora or bias or Embedding or multiple_active or
 mixed)" tests/test_custom_models.py`; of its 2407 tests the first 2287 ran): 2110 passed, 176 skipped and 1 failed, an
 unseeded comparison at a relative 1e-5 that failed again when its class was repeated and passed three times alone.
-Without groups, DoRA and embeddings the whole of both files had passed as it does without the plugin, 5435 tests, but for
-one that wants the hub.
+Without groups, DoRA and embeddings the whole of both files had passed as it does without the plugin, 5435 tests, but
+for one that wants the hub.
 """
 
 from __future__ import annotations
