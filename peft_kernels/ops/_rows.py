@@ -23,3 +23,8 @@ def row_bucket(tensor: Tensor) -> int:
     """The number of rows rounded up to a power of two, so that varying batch sizes do not ask dispatch again."""
     m = tensor.numel() // max(1, tensor.shape[-1])
     return 1 << (m - 1).bit_length() if m > 0 else 0
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is part of a larger memory. (Inside a registered op `_base` does not tell.)"""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -10,7 +10,7 @@ from torch import Tensor
 from peft_kernels import dispatch
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
-from peft_kernels.ops._rows import row_bucket, rows, unflatten
+from peft_kernels.ops._rows import owned, row_bucket, rows, unflatten
 from peft_kernels.ops._tracing import distinct, fold_scalings
 from peft_kernels.ops.lora_linear import autocast_together
 from peft_kernels.ops.lora_linear_group import GroupNeeds
@@ -108,7 +108,7 @@ def backward_kernel(
         dropout_ps, seeds, GroupNeeds.from_flat(needs, 3, len(lora_As)),
     )  # fmt: skip
     # An op's results must not share memory; gradients that were computed side by side do.
-    return [grad.clone() if grad._base is not None else grad for grad in grads if grad is not None]
+    return [owned(grad) for grad in grads if grad is not None]
 
 
 def backward_fake(
