@@ -42,9 +42,11 @@ def calls():
     As, Bs = [leaf(R, K), leaf(2, K), leaf(R, N)], [leaf(N, R), leaf(N, 2), leaf(K, R)]
     magnitude = leaf(N)
     yield "group", lambda x: functional.lora_linear_group(x, weights, As[:2], Bs[:2], scalings=1.5), As[:2] + Bs[:2]
-    yield "tied", lambda x: functional.lora_linear_group(
-        x, [weights[0]] * 2, [As[0]] * 2, [Bs[0]] * 2, scalings=[1.5, 2.5]
-    ), [As[0], Bs[0]]
+    yield (
+        "tied",
+        lambda x: functional.lora_linear_group(x, [weights[0]] * 2, [As[0]] * 2, [Bs[0]] * 2, scalings=[1.5, 2.5]),
+        [As[0], Bs[0]],
+    )
     yield "mlp", lambda x: functional.lora_swiglu_mlp(x, [*weights, down], As, Bs, scalings=1.5), As + Bs
     yield "dora", lambda x: functional.dora_linear(x, weights[0], As[0], Bs[0], magnitude, scaling=1.5), [
         As[0], Bs[0], magnitude,
