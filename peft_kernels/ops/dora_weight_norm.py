@@ -55,7 +55,7 @@ KERNELS = {"dora_weight_norm": (kernel, fake)}
 def dora_weight_norm(weight, lora_A, lora_B, scaling, weight_norm_squared):
     with torch.no_grad():
         lora_B, scaling = fold_scaling(lora_B, scaling)
-        if is_plain(weight) and not torch._C._is_any_autocast_enabled():
+        if is_plain(weight) and not weight.is_meta and not torch._C._is_any_autocast_enabled():
             return kernel(weight, lora_A, lora_B, scaling, weight_norm_squared)
         return torch.ops.peft_kernels.dora_weight_norm(
             weight.detach(), lora_A.detach(), lora_B.detach(), scaling, weight_norm_squared
