@@ -263,9 +263,10 @@ def test_f74_gpus_nobody_has_seen(monkeypatch, capability):
     dispatch.forget()
 
 
-def test_f75_tiny_problems_cost_less_than_peft():
+def test_f75_tiny_problems_cost_less_than_peft(monkeypatch):
     """Where there is nothing to compute the host's time decides: forward and backward of 4 x 16 at rank 4. The least of
     many rounds, taken in turn, so that a busy machine cannot decide the result."""
+    monkeypatch.undo()  # poisoning what the package allocates takes longer than the layer
     peft = pytest.importorskip("peft")
     from peft.tuners.lora.layer import Linear
 
