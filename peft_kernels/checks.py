@@ -85,3 +85,19 @@ def check_seed(op: str, seed: Any, device: torch.device) -> None:
         raise TypeError(f"{op}: seed is {seed!r}; expected an integer, an int64 tensor or None")
     elif not -(2**63) <= int(seed) < 2**63:
         raise ValueError(f"{op}: seed is {seed}; expected a signed 64-bit integer")
+
+
+def check_adapter(op: str, lora_A: Any, lora_B: Any, columns: tuple[int, str], rows: tuple[int, str]) -> None:
+    """Checks lora_A [r, columns] and lora_B [rows, r]; each size comes with what of the weight it has to fit.
+
+    Raises:
+        ValueError: a shape does not fit, or r is outside 1..512.
+        TypeError: no floating-point tensor, or two dtypes.
+    """
+    check_floating(op, "lora_A", lora_A)
+    check_shape(op, "lora_A", lora_A, ("r", columns[0]), f"weight has {columns[0]} {columns[1]}")
+    r = lora_A.shape[0]
+    check_rank(op, "r", r)
+    check_floating(op, "lora_B", lora_B)
+    check_shape(op, "lora_B", lora_B, (rows[0], r), f"weight has {rows[0]} {rows[1]} and lora_A rank {r}")
+    check_same_dtype(op, "lora_B", lora_B, lora_A.dtype, "lora_A")

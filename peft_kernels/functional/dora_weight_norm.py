@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from peft_kernels import ops
-from peft_kernels.checks import check_device, check_finite, check_floating, check_rank, check_same_dtype, check_shape
+from peft_kernels.checks import check_adapter, check_device, check_finite, check_floating, check_shape
 
 _OP = "dora_weight_norm"
 
@@ -43,13 +43,7 @@ def dora_weight_norm(
     check_floating(_OP, "weight", weight)
     check_shape(_OP, "weight", weight, ("out_features", "in_features"), "it is a matrix")
     n, k = weight.shape
-    check_floating(_OP, "lora_A", lora_A)
-    check_shape(_OP, "lora_A", lora_A, ("r", k), f"weight has {k} input features")
-    r = lora_A.shape[0]
-    check_rank(_OP, "r", r)
-    check_floating(_OP, "lora_B", lora_B)
-    check_shape(_OP, "lora_B", lora_B, (n, r), f"weight has {n} output features and lora_A rank {r}")
-    check_same_dtype(_OP, "lora_B", lora_B, lora_A.dtype, "lora_A")
+    check_adapter(_OP, lora_A, lora_B, (k, "input features"), (n, "output features"))
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
         check_device(_OP, name, tensor, weight.device)
     check_finite(_OP, "scaling", scaling)

@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import ops
-from peft_kernels.checks import (
-    check_device,
-    check_finite,
-    check_floating,
-    check_rank,
-    check_same_dtype,
-    check_shape,
-    check_tensor,
-)
+from peft_kernels.checks import check_adapter, check_device, check_finite, check_floating, check_shape, check_tensor
 
 _OP = "lora_embedding"
 
@@ -56,13 +48,7 @@ def lora_embedding(
     check_floating(_OP, "weight", weight)
     check_shape(_OP, "weight", weight, ("num_embeddings", "embedding_dim"), "it is a table")
     v, d = weight.shape
-    check_floating(_OP, "lora_A", lora_A)
-    check_shape(_OP, "lora_A", lora_A, ("r", v), f"weight has {v} rows")
-    r = lora_A.shape[0]
-    check_rank(_OP, "r", r)
-    check_floating(_OP, "lora_B", lora_B)
-    check_shape(_OP, "lora_B", lora_B, (d, r), f"weight has {d} columns and lora_A rank {r}")
-    check_same_dtype(_OP, "lora_B", lora_B, lora_A.dtype, "lora_A")
+    check_adapter(_OP, lora_A, lora_B, (v, "rows"), (d, "columns"))
     for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
         check_device(_OP, name, tensor, input.device)
     check_finite(_OP, "scaling", scaling)
