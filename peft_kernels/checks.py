@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_kernels.formats.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Weight
+
 FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 MAX_RANK = 512
 
@@ -101,3 +103,51 @@ def check_adapter(op: str, lora_A: Any, lora_B: Any, columns: tuple[int, str], r
     check_floating(op, "lora_B", lora_B)
     check_shape(op, "lora_B", lora_B, (rows[0], r), f"weight has {rows[0]} {rows[1]} and lora_A rank {r}")
     check_same_dtype(op, "lora_B", lora_B, lora_A.dtype, "lora_A")
+
+
+def check_nf4(op: str, name: str, q: Any) -> None:
+    """Checks that the tensors of an NF4Weight are what its format says.
+
+    Raises:
+        TypeError: no NF4Weight, or a tensor of another dtype.
+        ValueError: a tensor is too short for the shape, on another device, or the blocksize is none of the format's.
+    """
+    if not isinstance(q, NF4Weight):
+        raise TypeError(f"{op}: {name} is {type(q).__name__}; expected a peft_kernels.formats.nf4.NF4Weight")
+    if q.blocksize not in BLOCKSIZES:
+        raise ValueError(f"{op}: {name}.blocksize is {q.blocksize}; expected one of {', '.join(map(str, BLOCKSIZES))}")
+    n, k, stride, first, *_ = q.layout
+    last = first + (n - 1) * stride + k if n and k else 0
+    blocks = -(-last // q.blocksize)
+    wanted = {"packed": (torch.uint8, -(-last // 2)), "absmax": (torch.float32, blocks)}
+    if q.nested_absmax is not None:
+        wanted["absmax"] = (torch.uint8, blocks)
+        wanted["nested_absmax"] = (torch.float32, -(-blocks // NESTED_BLOCKSIZE))
+        wanted["nested_map"] = (torch.float32, 256)
+        wanted["nested_offset"] = (torch.float32, 1)
+    for field, (dtype, least) in wanted.items():
+        tensor = getattr(q, field)
+        check_tensor(op, f"{name}.{field}", tensor)
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name}.{field} has dtype {tensor.dtype}; expected {dtype}")
+        if tensor.numel() < least or not tensor.is_contiguous():
+            raise ValueError(
+                f"{op}: {name}.{field} has {tensor.numel()} elements, but {name} has shape {shape_text(q.shape)}; "
+                f"expected at least {least}, contiguous"
+            )
+        if tensor.device != q.device:
+            raise ValueError(f"{op}: {name}.{field} is on {tensor.device}, but {name}.packed is on {q.device}")
+
+
+def check_nf4_matrix(op: str, name: str, q: Any, x: Tensor) -> None:
+    """Checks an NF4Weight [out_features, in_features] that x [..., in_features] is multiplied with."""
+    check_nf4(op, name, q)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x has no dimensions; expected (..., in_features)")
+    k = x.shape[-1]
+    if len(q.shape) != 2 or q.shape[1] != k:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(q.shape)}, but x has {k} features; expected (out_features, {k})"
+        )
+    if q.device != x.device:
+        raise ValueError(f"{op}: {name} is on {q.device}, but x is on {x.device}; expected all on one device")

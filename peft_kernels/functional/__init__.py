@@ -8,6 +8,10 @@ from peft_kernels.functional.lora_expert_linear import lora_expert_linear
 from peft_kernels.functional.lora_linear import lora_linear
 from peft_kernels.functional.lora_linear_group import lora_linear_group
 from peft_kernels.functional.lora_swiglu_mlp import lora_swiglu_mlp
+from peft_kernels.functional.nf4_dequantize import nf4_dequantize
+from peft_kernels.functional.nf4_linear import nf4_linear
+from peft_kernels.functional.nf4_lora_linear import nf4_lora_linear
+from peft_kernels.functional.nf4_quantize import nf4_quantize
 from peft_kernels.functional.philox_dropout import philox_dropout
 from peft_kernels.functional.splitk_reduce import splitk_reduce
 
@@ -20,6 +24,10 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "lora_swiglu_mlp",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_lora_linear",
+    "nf4_quantize",
     "philox_dropout",
     "splitk_reduce",
 ]

@@ -22,6 +22,10 @@ from peft_kernels.ops import (
     lora_linear,
     lora_linear_group,
     lora_swiglu_mlp,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_lora_linear,
+    nf4_quantize,
     philox_dropout,
     splitk_reduce,
 )
@@ -37,6 +41,10 @@ MODULES = (
     lora_swiglu_mlp,
     lora_embedding,
     lora_expert_linear,
+    nf4_linear,
+    nf4_lora_linear,
+    nf4_dequantize,
+    nf4_quantize,
     philox_dropout,
     splitk_reduce,
 )

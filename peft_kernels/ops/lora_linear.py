@@ -57,7 +57,7 @@ def select(op, x, lora_A, lora_B, dropout):
     return dispatch.select_memoised(op, key, _problem, x, lora_A, lora_B, dropout)
 
 
-def _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+def run_forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)  # the sum of a base and an adapter bias, not yet rounded
     if x.ndim == 2:
@@ -66,7 +66,7 @@ def _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p
     return unflatten(y, x.shape[:-1]), unflatten(s, x.shape[:-1])
 
 
-def _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
+def run_backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
     """Gradients of (x, weight, bias, lora_A, lora_B), None where `needs` says that nobody asked."""
     if grad_y.ndim == 2:
         return implementation.backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
@@ -78,7 +78,7 @@ def _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dro
 
 def kernel(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     implementation = select("lora_linear", x, lora_A, lora_B, seed is not None)
-    return _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    return run_forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
 def fake(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
@@ -88,7 +88,7 @@ def fake(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
 
 def backward_kernel(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
     implementation = select("lora_linear", grad_y, lora_A, lora_B, seed is not None)
-    grads = _backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    grads = run_backward(implementation, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs)
     return [grad for grad in grads if grad is not None]
 
 
@@ -111,7 +111,7 @@ class LoraLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
         if is_plain(x):
             ctx.implementation = implementation = select("lora_linear", x, lora_A, lora_B, seed is not None)
-            y, s = _forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+            y, s = run_forward(implementation, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
         else:
             ctx.implementation = None
             y, s = torch.ops.peft_kernels.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
@@ -130,7 +130,7 @@ def _gradients(ctx, grad_y, saved):
     needs = ctx.needs_input_grad[:5]
     x, s, weight, lora_A, lora_B, seed = saved
     if ctx.implementation is not None and is_plain(grad_y):
-        grads = _backward(
+        grads = run_backward(
             ctx.implementation, grad_y, x, s, weight, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, needs
         )
         return *grads, None, None, None

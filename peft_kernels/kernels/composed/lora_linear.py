@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from peft_kernels.kernels import _base
 from peft_kernels.kernels.composed._passes import add_dropped, cast, down, sum_over_rows, sum_rows
 
 
@@ -19,7 +20,7 @@ def unsupported(problem) -> str | None:
 
 def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     a, b = cast(lora_A, x.dtype), cast(lora_B, x.dtype)
-    y = F.linear(x, weight, bias)
+    y = _base.linear(x, weight, bias)
     if seed is None:
         s = F.linear(x, a)
     else:
@@ -47,7 +48,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
 
 
 def _grad_x(grad_y, weight, grad_s, a, scaling, dropout_p, seed):
-    grad_x = torch.mm(grad_y, weight)
+    grad_x = _base.grad_input(grad_y, weight)
     if seed is None:
         return grad_x.addmm_(grad_s, a, alpha=scaling)
     add_dropped(grad_x, grad_s, a, scaling, dropout_p, seed)

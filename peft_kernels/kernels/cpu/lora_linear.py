@@ -31,11 +31,11 @@ Whole small layers, forward and backward, over `composed`: 0.40 (4 x 16 x 16, r 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import _native
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.kernels import _base
 from peft_kernels.kernels.composed import lora_linear as composed
 from peft_kernels.kernels.cpu.philox_dropout import dropout_arguments, row_major
 
@@ -57,6 +57,11 @@ def unsupported(problem) -> str | None:
 def unproven(problem) -> str | None:
     if is_small(problem.m, problem.n, problem.k, problem.r):
         return None
+    return unproven_beside(problem)
+
+
+def unproven_beside(problem) -> str | None:
+    """Why the low-rank half beside a base product is not taken."""
     if problem.r > 64:
         return "PyTorch's matmuls are faster above rank 64"
     if problem.dropout or problem.dtype != torch.float32:
@@ -77,7 +82,13 @@ def forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
     (m, k), (n, r) = x.shape, lora_B.shape
     if is_small(m, n, k, r):
         return _small_forward(m, n, k, r, x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
-    y = F.linear(x, weight, bias)
+    return forward_beside(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def forward_beside(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):
+    """The base product, dense or of 4 bits, then the low-rank half in csrc into its result."""
+    (m, k), (n, r) = x.shape, lora_B.shape
+    y = _base.linear(x, weight, bias)
     x, a, b = row_major(x), row_major(lora_A), row_major(lora_B)
     s = torch.empty(m, r, dtype=x.dtype)
     _native.load("_cpu").lora_forward(
@@ -115,17 +126,24 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
         )
     if not (need_x or need_a or need_b):
         return None, grad_weight, grad_bias, None, None
-    grad_a = lora_A.new_empty(r, k) if need_a else None
-    grad_b = lora_B.new_empty(n, r) if need_b else None
-    # What a wanted gradient does not read may be None: csrc takes a null pointer for it.
-    x, s = x if need_a else None, s if need_b else None
-    if is_small(m, n, k, r):
-        grad_x = grad_y.new_empty(m, k) if need_x else None
-        _small_backward(
-            m, n, k, r, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, grad_x, grad_a, grad_b
-        )
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b
-    grad_x = torch.mm(grad_y, weight) if need_x else None
+    wanted = (need_x, need_a, need_b)
+    low_rank = _small_backward if is_small(m, n, k, r) else backward_beside
+    grad_x, grad_a, grad_b = low_rank(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, wanted)
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b
+
+
+def _wanted(x, s, lora_A, lora_B, need_a, need_b):
+    """(x, s, dA, dB). What a wanted gradient does not read may be None: csrc takes a null pointer for it."""
+    grad_a = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if need_a else None
+    grad_b = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if need_b else None
+    return x if need_a else None, s if need_b else None, grad_a, grad_b
+
+
+def backward_beside(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
+    """(dx, dA, dB): the base product, dense or of 4 bits, and the low-rank half in csrc."""
+    (need_x, need_a, need_b), (m, n), (r, k) = needs, grad_y.shape, lora_A.shape
+    x, s, grad_a, grad_b = _wanted(x, s, lora_A, lora_B, need_a, need_b)
+    grad_x = _base.grad_input(grad_y, weight) if need_x else None
     grad_y, a, b = row_major(grad_y), row_major(lora_A), row_major(lora_B)
     x, s = x if x is None else row_major(x), s if s is None else row_major(s)
     _native.load("_cpu").lora_backward(
@@ -133,12 +151,13 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
         *place(a), *place(b), scaling, *dropout_arguments(dropout_p, seed), place(grad_x)[0], place(grad_a)[0],
         place(grad_b)[0], torch.get_num_threads(),
     )  # fmt: skip
-    return grad_x, grad_weight, grad_bias, grad_a, grad_b
+    return grad_x, grad_a, grad_b
 
 
-def _small_backward(
-    m, n, k, r, grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, grad_x, grad_a, grad_b
-) -> None:
+def _small_backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, needs):
+    (need_x, need_a, need_b), (m, n), (r, k) = needs, grad_y.shape, lora_A.shape
+    x, s, grad_a, grad_b = _wanted(x, s, lora_A, lora_B, need_a, need_b)
+    grad_x = grad_y.new_empty(m, k) if need_x else None
     # Held by name until the call is over: a copy that only its address refers to could be freed before.
     grad_y, weight, a, b = grad_y.contiguous(), weight.contiguous(), lora_A.contiguous(), lora_B.contiguous()
     x_ptr = 0 if x is None else (x := x.contiguous()).data_ptr()
@@ -149,3 +168,4 @@ def _small_backward(
         0 if grad_x is None else grad_x.data_ptr(), 0 if grad_a is None else grad_a.data_ptr(),
         0 if grad_b is None else grad_b.data_ptr(),
     )  # fmt: skip
+    return grad_x, grad_a, grad_b

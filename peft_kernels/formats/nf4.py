@@ -1,0 +1,184 @@
+"""NF4, the 4-bit weights of QLoRA, in the bytes of bitsandbytes.
+
+A weight is flattened in row-major order and cut into blocks of `blocksize` elements, also across rows; the last block
+may be short. A block keeps its absmax, and for each element the index of one of 16 fixed numbers (`CODE`, quantiles of
+the normal distribution): w = CODE[index] · absmax. Two indices share a byte, the earlier element in the high half. With
+double quantisation the absmax values are themselves kept in 8 bits, in blocks of 256.
+
+Sources: Dettmers et al., "QLoRA", 2023, https://arxiv.org/abs/2305.14314; bitsandbytes 0.50.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# fmt: off
+CODE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
+# fmt: on
+"""The 16 numbers, exactly representable in float32; index 7 is 0."""
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+
+
+@functools.cache
+def code(device: torch.device | str = "cpu") -> Tensor:
+    """`CODE` as a float32 tensor. Shared: not to be written to."""
+    return torch.tensor(CODE, dtype=torch.float32, device=device)
+
+
+class NF4Weight(NamedTuple):
+    """A weight of 4 bits an element, or some rows of one. Immutable; its tensors are never copied needlessly.
+
+    Attributes:
+        packed: uint8 [ceil(numel / 2)], two elements a byte.
+        absmax: [ceil(numel / blocksize)], float32, or with double quantisation uint8: indices into `nested_map`.
+        nested_absmax: float32 [ceil(len(absmax) / 256)] with double quantisation, else None.
+        nested_map: float32 [256], the numbers that `absmax` indexes, else None.
+        nested_offset: float32 [], what is added to every rebuilt absmax, else None:
+            absmax_i = float32(float32(nested_map[absmax[i]] · nested_absmax[i // 256]) + nested_offset).
+        shape: of the weight, [out_features, in_features] or [experts, out_features, in_features].
+        dtype: of the weight that was quantised: what `dequantize` gives by default. Products are computed with weights
+            rounded once to the dtype of x, whatever this is.
+        blocksize: elements of a block, one of `BLOCKSIZES`.
+        first: number of the element at (0, 0) in the flattened whole; 0 unless this is a view of a part.
+        row_stride: elements from one row to the next in the whole; None for shape[-1].
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_map: Tensor | None
+    nested_offset: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    blocksize: int
+    first: int = 0
+    row_stride: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the absmax values are quantised too (double quantisation)."""
+        return self.nested_absmax is not None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is kept in memory: [packed, absmax], and with double quantisation the three nested tensors."""
+        nested = (self.nested_absmax, self.nested_map, self.nested_offset)
+        return [self.packed, self.absmax, *(t for t in nested if t is not None)]
+
+    @property
+    def layout(self) -> list[int]:
+        """The numbers that an op needs beside `tensors`: rows n, columns k, row stride, first element, blocksize,
+        how many tensors. Element (i, j) is number first + i · stride + j of the flattened whole."""
+        *rows, k = self.shape
+        stride = k if self.row_stride is None else self.row_stride
+        return [math.prod(rows), k, stride, self.first, self.blocksize, 5 if self.is_nested else 2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, those of the whole weight for a view of some of its rows."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def rows(self, start: int, stop: int) -> NF4Weight:
+        """Rows [start, stop) of a matrix, or of a stack of experts seen as one matrix, sharing its memory."""
+        total, k, stride, first, *_ = self.layout
+        if not 0 <= start <= stop <= total:
+            raise IndexError(f"NF4Weight.rows: [{start}, {stop}) of a weight with {total} rows")
+        return self._replace(shape=torch.Size((stop - start, k)), first=first + start * stride, row_stride=stride)
+
+    def columns(self, start: int, stop: int) -> NF4Weight:
+        """Columns [start, stop) of a matrix, sharing its memory."""
+        n, k, stride, first, *_ = self.layout
+        if not 0 <= start <= stop <= k:
+            raise IndexError(f"NF4Weight.columns: [{start}, {stop}) of a weight with {k} columns")
+        return self._replace(shape=torch.Size((n, stop - start)), first=first + start, row_stride=stride)
+
+    def expert(self, index: int) -> NF4Weight:
+        """The matrix [out_features, in_features] of one expert of a stack, sharing its memory."""
+        if len(self.shape) != 3:
+            raise ValueError(f"NF4Weight.expert: shape is {tuple(self.shape)}; expected (experts, out, in)")
+        e, n, _ = self.shape
+        if not 0 <= index < e:
+            raise IndexError(f"NF4Weight.expert: {index} of {e} experts")
+        return self.rows(index * n, (index + 1) * n)
+
+    def to(self, device: torch.device | str) -> NF4Weight:
+        """The same weight on another device; itself where it is there already."""
+        moved = [tensor.to(device) for tensor in self.tensors]
+        return self._replace(**dict(zip(TENSOR_FIELDS, moved, strict=False)))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in full: see `functional.nf4_dequantize`. None takes the dtype of what was quantised."""
+        from peft_kernels.functional import nf4_dequantize
+
+        return nf4_dequantize(self, dtype)
+
+
+TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_map", "nested_offset")
+
+
+def from_layout(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype) -> NF4Weight:
+    """The matrix that `tensors` and `layout` of an `NF4Weight` describe, `dtype` what its elements round to."""
+    n, k, stride, first, blocksize, _ = layout
+    nested: Sequence[Tensor | None] = tensors[2:] if len(tensors) == 5 else (None, None, None)
+    return NF4Weight(tensors[0], tensors[1], *nested, torch.Size((n, k)), dtype, blocksize, first, stride)
+
+
+LAYOUT_SIZE = 6
+
+
+def several_from_layout(tensors: Sequence[Tensor], layouts: Sequence[int], dtype: torch.dtype) -> list[NF4Weight]:
+    """The matrices whose tensors and layouts stand one after another."""
+    weights, start = [], 0
+    for i in range(0, len(layouts), LAYOUT_SIZE):
+        layout = layouts[i : i + LAYOUT_SIZE]
+        weights.append(from_layout(tensors[start : start + layout[-1]], layout, dtype))
+        start += layout[-1]
+    return weights
+
+
+def quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+    """Quantises a weight: see `functional.nf4_quantize`."""
+    from peft_kernels.functional import nf4_quantize
+
+    return nf4_quantize(weight, blocksize, double_quant)
+
+
+@functools.cache
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """bitsandbytes' signed dynamic map of 8 bits, float32 [256], ascending: what double quantisation rounds absmax to.
+    Shared: not to be written to."""
+    fractions: list[float] = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        fractions += ((10.0 ** (exponent - 6)) * means).tolist()
+        fractions += (-(10.0 ** (exponent - 6)) * means).tolist()
+    return torch.tensor(sorted(fractions), dtype=torch.float32, device=device)
+
+
+def nested(q: NF4Weight) -> NF4Weight:
+    """Double quantisation: the absmax values of `q`, less their mean, in 8 bits."""
+    raise NotImplementedError
+
+
+def from_bitsandbytes(params: Any) -> NF4Weight:
+    """The weight of a `bitsandbytes.nn.Params4bit`: see `formats.nf4_bitsandbytes`."""
+    from peft_kernels.formats import nf4_bitsandbytes
+
+    return nf4_bitsandbytes.from_bitsandbytes(params)
