@@ -119,8 +119,12 @@ class NF4Weight(NamedTuple):
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """The same weight on another device; itself where it is there already."""
-        moved = [tensor.to(device) for tensor in self.tensors]
-        return self._replace(**dict(zip(TENSOR_FIELDS, moved, strict=False)))
+        return self.with_tensors([tensor.to(device) for tensor in self.tensors])
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> NF4Weight:
+        """The same shape, dtype and layout over other tensors, in the order of `tensors`."""
+        fields: dict[str, Any] = dict(zip(TENSOR_FIELDS, tensors, strict=False))
+        return self._replace(**fields)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in full: see `functional.nf4_dequantize`. None takes the dtype of what was quantised."""
@@ -135,8 +139,10 @@ TENSOR_FIELDS = ("packed", "absmax", "nested_absmax", "nested_map", "nested_offs
 def from_layout(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.dtype) -> NF4Weight:
     """The matrix that `tensors` and `layout` of an `NF4Weight` describe, `dtype` what its elements round to."""
     n, k, stride, first, blocksize, _ = layout
-    nested: Sequence[Tensor | None] = tensors[2:] if len(tensors) == 5 else (None, None, None)
-    return NF4Weight(tensors[0], tensors[1], *nested, torch.Size((n, k)), dtype, blocksize, first, stride)
+    packed, absmax, *nested = tensors
+    nested_absmax, nested_map, nested_offset = nested if nested else (None, None, None)
+    shape = torch.Size((n, k))
+    return NF4Weight(packed, absmax, nested_absmax, nested_map, nested_offset, shape, dtype, blocksize, first, stride)
 
 
 LAYOUT_SIZE = 6

@@ -1,8 +1,8 @@
 """`nf4_linear` as dequantisation of a bounded piece of W and PyTorch's matmul on it, piece by piece.
 
 No more than 64 MiB of W are dense at a time. y is cut along N and dx along K, so that each element is summed in one
-matmul and rounded once. For many rows this is the right way on a GPU too: the dense piece is written and read once, 10 µs of
-4096 x 4096 at 4.3 TB/s, beside a matmul of 348 µs at 8192 rows.
+matmul and rounded once. For many rows this is the right way on a GPU too: the dense piece is written and read once, 10
+µs of 4096 x 4096 at 4.3 TB/s, beside a matmul of 348 µs at 8192 rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Specification of the weights of NF4: w = round(CODE[index] · absmax), one float32 product and one rounding.
 
 Element e of the flattened whole is the high (e even) or low half of byte e // 2, and belongs to block e // blocksize.
-With double quantisation absmax_i = float32(float32(map[u_i] · nested_i) + offset): two roundings, no fused multiply-add.
+With double quantisation absmax_i = float32(float32(map[u_i] · nested_i) + offset): two roundings, not one fused one.
 Source: Dettmers et al., "QLoRA", 2023; the same bits as bitsandbytes' dequantize_4bit.
 """
 
@@ -22,7 +22,7 @@ def unsupported(problem) -> str | None:
 
 def absmax(q: NF4Weight, blocks: Tensor) -> Tensor:
     """The float32 absmax of these blocks."""
-    if q.nested_absmax is None:
+    if q.nested_absmax is None or q.nested_map is None or q.nested_offset is None:
         return q.absmax[blocks]
     scaled = q.nested_map[q.absmax[blocks].long()] * q.nested_absmax[blocks // NESTED_BLOCKSIZE]
     return scaled + q.nested_offset
