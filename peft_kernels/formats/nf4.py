@@ -165,17 +165,24 @@ def quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> 
     return nf4_quantize(weight, blocksize, double_quant)
 
 
-@functools.cache
-def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """bitsandbytes' signed dynamic map of 8 bits, float32 [256], ascending: what double quantisation rounds absmax to.
-    Shared: not to be written to."""
+def _dynamic_values() -> tuple[float, ...]:
     fractions: list[float] = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
         means = (edges[:-1] + edges[1:]) / 2.0
         fractions += ((10.0 ** (exponent - 6)) * means).tolist()
         fractions += (-(10.0 ** (exponent - 6)) * means).tolist()
-    return torch.tensor(sorted(fractions), dtype=torch.float32, device=device)
+    return tuple(sorted(fractions))
+
+
+_DYNAMIC = _dynamic_values()
+
+
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """bitsandbytes' signed dynamic map of 8 bits, float32 [256], ascending: what double quantisation rounds absmax to.
+    A new tensor each time: one that is shared would stay an inference or a fake tensor if it was first asked for where
+    such are made."""
+    return torch.tensor(_DYNAMIC, dtype=torch.float32, device=device)
 
 
 def nested(q: NF4Weight) -> NF4Weight:
