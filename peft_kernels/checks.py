@@ -139,6 +139,34 @@ def check_nf4(op: str, name: str, q: Any) -> None:
             raise ValueError(f"{op}: {name}.{field} is on {tensor.device}, but {name}.packed is on {q.device}")
 
 
+def check_weight(op: str, name: str, weight: Any, x: Tensor, shape: tuple, why: str) -> None:
+    """Checks the weight that x is multiplied with: a tensor in x's dtype (in any under autocast), or an NF4Weight.
+
+    Args:
+        shape: as `expected` of `check_shape`.
+    """
+    if isinstance(weight, NF4Weight):
+        check_nf4(op, name, weight)
+    else:
+        check_floating(op, name, weight)
+    check_shape(op, name, weight, shape, why)
+    check_device(op, name, weight, x.device)
+    if isinstance(weight, Tensor) and not torch.is_autocast_enabled(x.device.type):
+        check_same_dtype(op, name, weight, x.dtype, "x")
+
+
+def check_bias(op: str, name: str, bias: Any, whose: str, weight: Tensor | NF4Weight) -> None:
+    """Checks the bias beside the weight `whose`, [out, in] or [experts, out, in]: in its dtype, over an NF4Weight in
+    any."""
+    *experts, n = expected = tuple(weight.shape[:-1])
+    each = "".join(f"{e} experts and " for e in experts)
+    check_floating(op, name, bias)
+    check_shape(op, name, bias, expected, f"{whose} has {each}{n} output features")
+    check_device(op, name, bias, weight.device)
+    if isinstance(weight, Tensor):
+        check_same_dtype(op, name, bias, weight.dtype, whose)
+
+
 def check_nf4_matrix(op: str, name: str, q: Any, x: Tensor) -> None:
     """Checks an NF4Weight [out_features, in_features] that x [..., in_features] is multiplied with."""
     check_nf4(op, name, q)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from peft_kernels import ops
 from peft_kernels.checks import check_device, check_floating, check_same_dtype, check_shape
+from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.functional.dora_weight_norm import dora_weight_norm
-from peft_kernels.functional.lora_linear import explain_lora, is_dtensor, lora_fits
+from peft_kernels.functional.lora_linear import explain_lora, is_dtensor, lora_fits, refuse_dtensors_over_nf4
 from peft_kernels.functional.philox_dropout import seed_tensor
 
 _OP = "dora_linear"
@@ -17,7 +18,7 @@ _OP = "dora_linear"
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -52,7 +53,7 @@ def dora_linear(
         ValueError: a shape, device or number does not fit; the message names the argument.
         TypeError: an argument is of the wrong type or dtype.
     """
-    if not lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+    if isinstance(weight, NF4Weight) or not lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
         explain_lora(_OP, x, weight, lora_A, lora_B, scaling, bias, dropout_p)
         scaling, dropout_p = scaling * 1.0, dropout_p * 1.0
     _check_vector("magnitude", magnitude, weight)
@@ -60,6 +61,7 @@ def dora_linear(
     if not (training and dropout_p > 0):
         dropout_p = 0.0
     if is_dtensor(x, weight, lora_A, lora_B, magnitude):
+        refuse_dtensors_over_nf4(_OP, (weight,))
         return _on_dtensors(x, weight, lora_A, lora_B, magnitude, scaling, bias, weight_norm, dropout_p, seed)
     if weight_norm is None:
         weight_norm = dora_weight_norm(weight, lora_A, lora_B, scaling=scaling)

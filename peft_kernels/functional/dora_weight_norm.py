@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from peft_kernels import ops
-from peft_kernels.checks import check_adapter, check_device, check_finite, check_floating, check_shape
+from peft_kernels.checks import check_adapter, check_device, check_finite, check_floating, check_nf4, check_shape
+from peft_kernels.formats.nf4 import NF4Weight
 
 _OP = "dora_weight_norm"
 
 
 def dora_weight_norm(
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -26,7 +27,8 @@ def dora_weight_norm(
     as 0. No gradient flows through the result: DoRA treats it as a constant.
 
     Args:
-        weight: W [out_features, in_features].
+        weight: W [out_features, in_features]; or an `NF4Weight`, taken in the dtype that it has (not that of the x it
+            will meet), as Hugging Face PEFT takes it, a bounded part at a time.
         lora_A: [r, in_features], 1 <= r <= 512.
         lora_B: [out_features, r] in lora_A's dtype.
         scaling: s.
@@ -40,7 +42,10 @@ def dora_weight_norm(
         ValueError: a shape, device or number does not fit; the message names the argument.
         TypeError: an argument is of the wrong type or dtype.
     """
-    check_floating(_OP, "weight", weight)
+    if isinstance(weight, NF4Weight):
+        check_nf4(_OP, "weight", weight)
+    else:
+        check_floating(_OP, "weight", weight)
     check_shape(_OP, "weight", weight, ("out_features", "in_features"), "it is a matrix")
     n, k = weight.shape
     check_adapter(_OP, lora_A, lora_B, (k, "input features"), (n, "output features"))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from peft_kernels import ops
 from peft_kernels.checks import (
+    check_bias,
     check_device,
     check_finite,
     check_floating,
@@ -15,7 +16,9 @@ from peft_kernels.checks import (
     check_same_dtype,
     check_shape,
     check_tensor,
+    check_weight,
 )
+from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.functional.philox_dropout import seed_tensor
 
 _OP = "lora_expert_linear"
@@ -23,7 +26,7 @@ _OP = "lora_expert_linear"
 
 def lora_expert_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     offsets: Tensor,
@@ -44,13 +47,14 @@ def lora_expert_linear(
 
     Args:
         x: [M, in_features], sorted by expert; float32, float16, bfloat16 or float64.
-        weight: [experts, out_features, in_features] in x's dtype.
+        weight: [experts, out_features, in_features] in x's dtype, or an `NF4Weight` of this shape, which gets no
+            gradient and is rounded to x's dtype for the products, one expert at a time, as in `nf4_linear`.
         lora_A: [experts, r, in_features], 1 <= r <= 512, in any of these dtypes.
         lora_B: [experts, out_features, r] in lora_A's dtype.
         offsets: int32 [experts], ascending: the row after the last one of each expert (`torch._grouped_mm`'s `offs`).
             Implementations that let the host read them raise for wrong ones; on a GPU the Triton kernels do not look.
         scaling: s, usually lora_alpha / r.
-        bias: [experts, out_features] in x's dtype, or None.
+        bias: [experts, out_features] in x's dtype (over an `NF4Weight` in any), or None.
         dropout_p: probability, in [0, 1], that an element of x is zeroed for the low-rank branch.
         training: no dropout when False.
         seed: as for `lora_linear`.
@@ -64,8 +68,7 @@ def lora_expert_linear(
     """
     check_floating(_OP, "x", x)
     check_shape(_OP, "x", x, ("rows", "in_features"), "rows are sorted by expert")
-    check_floating(_OP, "weight", weight)
-    check_shape(_OP, "weight", weight, ("experts", "out_features", x.shape[1]), f"x has {x.shape[1]} features")
+    check_weight(_OP, "weight", weight, x, ("experts", "out_features", x.shape[1]), f"x has {x.shape[1]} features")
     e, n, k = weight.shape
     check_floating(_OP, "lora_A", lora_A)
     check_shape(_OP, "lora_A", lora_A, (e, "r", k), f"weight has {e} experts and {k} input features")
@@ -74,15 +77,10 @@ def lora_expert_linear(
     check_floating(_OP, "lora_B", lora_B)
     check_shape(_OP, "lora_B", lora_B, (e, n, r), f"weight has {e} experts, {n} output features and lora_A rank {r}")
     check_same_dtype(_OP, "lora_B", lora_B, lora_A.dtype, "lora_A")
-    if not torch.is_autocast_enabled(x.device.type):
-        check_same_dtype(_OP, "weight", weight, x.dtype, "x")
     if bias is not None:
-        check_floating(_OP, "bias", bias)
-        check_shape(_OP, "bias", bias, (e, n), f"weight has {e} experts and {n} output features")
-        check_same_dtype(_OP, "bias", bias, weight.dtype, "weight")
-        check_device(_OP, "bias", bias, x.device)
+        check_bias(_OP, "bias", bias, "weight", weight)
     _check_offsets(offsets, e)
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("offsets", offsets)):
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("offsets", offsets)):
         check_device(_OP, name, tensor, x.device)
     check_finite(_OP, "scaling", scaling)
     check_probability(_OP, "dropout_p", dropout_p)

@@ -7,6 +7,7 @@ and a function that finds out what is wrong only when it was false.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from peft_kernels import ops
 from peft_kernels.checks import (
     FLOATS,
     MAX_RANK,
+    check_bias,
     check_device,
     check_finite,
     check_floating,
@@ -24,7 +26,9 @@ from peft_kernels.checks import (
     check_rank,
     check_same_dtype,
     check_shape,
+    check_weight,
 )
+from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.functional.philox_dropout import seed_tensor
 
 PLAIN = frozenset((Tensor, Parameter))
@@ -32,7 +36,7 @@ PLAIN = frozenset((Tensor, Parameter))
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -54,12 +58,13 @@ def lora_linear(
 
     Args:
         x: [..., in_features], any strides, any number of rows; float32, float16, bfloat16 or float64.
-        weight: [out_features, in_features] in x's dtype; usually frozen.
+        weight: [out_features, in_features] in x's dtype, usually frozen; or an `NF4Weight`, always frozen (see
+            `nf4_lora_linear`).
         lora_A: [r, in_features], 1 <= r <= 512, in any of the dtypes above, also another than x's: it is cast to x's
             dtype for the products, and its gradient comes back in its own dtype.
         lora_B: [out_features, r] in lora_A's dtype.
         scaling: s, usually lora_alpha / r.
-        bias: [out_features] in x's dtype, or None.
+        bias: [out_features] in x's dtype (over an `NF4Weight` in any), or None.
         lora_bias: [out_features] in lora_B's dtype, or None; scaling · lora_bias is added (PEFT's `lora_bias=True`).
         dropout_p: the probability, in [0, 1], that an element of x is zeroed for the low-rank branch; kept ones are
             scaled by 1 / (1 - p). The probability is rounded to a multiple of 1/65536.
@@ -78,6 +83,9 @@ def lora_linear(
             should be.
         TypeError: an argument is of the wrong type or dtype.
     """
+    dense = type(weight) in PLAIN
+    if not dense and isinstance(weight, NF4Weight):
+        return _over_nf4(x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask)
     if token_mask is not None:
         return _with_token_mask(
             x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask
@@ -88,7 +96,7 @@ def lora_linear(
     if lora_bias is not None:
         bias = _joint_bias(weight, bias, lora_B, lora_bias, scaling)
     drop = training and dropout_p > 0
-    if type(weight) not in PLAIN and is_dtensor(x, weight, lora_A, lora_B):
+    if not dense and is_dtensor(x, weight, lora_A, lora_B):
         if drop and seed is not None:
             raise ValueError("lora_linear: seed is given, but the tensors are DTensors, whose masks torch draws")
         return lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p if drop else 0.0)
@@ -123,30 +131,26 @@ def lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
         return False  # not a tensor, or not of two dimensions: the caller finds out which and says so
 
 
-def explain_lora(op: str, x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> None:
-    """Raises for the first argument that does not fit. Returns when all do (integers given for floats)."""
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
-    if bias is not None:
-        tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        check_floating(op, name, tensor)
+def explain_lora(op: str, x, weight, lora_A, lora_B, scaling, bias, dropout_p, name: str = "weight") -> None:
+    """Raises for the first argument that does not fit; `name` is what the op calls its weight. Returns when all do
+    (integers given for floats)."""
+    check_floating(op, "x", x)
     if x.ndim == 0:
         raise ValueError(f"{op}: x has no dimensions; expected (..., in_features)")
     k = x.shape[-1]
-    check_shape(op, "weight", weight, ("out_features", k), f"x has {k} features")
+    check_weight(op, name, weight, x, ("out_features", k), f"x has {k} features")
     n = weight.shape[0]
+    check_floating(op, "lora_A", lora_A)
     check_shape(op, "lora_A", lora_A, ("r", k), f"x has {k} features")
     r = lora_A.shape[0]
     check_rank(op, "r", r)
-    check_shape(op, "lora_B", lora_B, (n, r), f"weight has {n} output features and lora_A rank {r}")
-    if bias is not None:
-        check_shape(op, "bias", bias, (n,), f"weight has {n} output features")
-        check_same_dtype(op, "bias", bias, weight.dtype, "weight")
-    for name, tensor in tensors.items():
-        check_device(op, name, tensor, x.device)
-    if not torch.is_autocast_enabled(x.device.type):
-        check_same_dtype(op, "weight", weight, x.dtype, "x")
+    check_floating(op, "lora_B", lora_B)
+    check_shape(op, "lora_B", lora_B, (n, r), f"{name} has {n} output features and lora_A rank {r}")
     check_same_dtype(op, "lora_B", lora_B, lora_A.dtype, "lora_A")
+    for factor, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_device(op, factor, tensor, x.device)
+    if bias is not None:
+        check_bias(op, "bias", bias, name, weight)
     check_finite(op, "scaling", scaling)
     check_probability(op, "dropout_p", dropout_p)
 
@@ -162,13 +166,29 @@ def _joint_bias(weight, bias, lora_B, lora_bias, scaling) -> Tensor:
     return scaling * shift if bias is None else torch.add(bias, shift, alpha=scaling)
 
 
+def _over_nf4(
+    x, q, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask
+) -> Tensor:  # fmt: skip
+    """By the op for weights of 4 bits. It is chosen here, so that callers need not know what a layer's weight is."""
+    if token_mask is not None:
+        return _with_token_mask(x, q, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask)
+    explain_lora("lora_linear", x, q, lora_A, lora_B, scaling, bias, dropout_p)
+    if type(x) not in PLAIN and is_dtensor(x, lora_A, lora_B):
+        refuse_dtensors_over_nf4("lora_linear", (q,))
+    scaling, dropout_p = scaling * 1.0, dropout_p * 1.0 if training else 0.0
+    if lora_bias is not None:
+        bias = _joint_bias(q, bias, lora_B, lora_bias, scaling)
+    seed = seed_tensor("lora_linear", seed, x.device) if dropout_p else None
+    return ops.nf4_lora_linear.nf4_lora_linear(x, q, bias, lora_A, lora_B, scaling, dropout_p, seed)
+
+
 def _with_token_mask(
     x, weight, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask
 ) -> Tensor:
     """By the op for groups, which knows of masks, so that a call without one stays lean."""
     from peft_kernels.functional.lora_linear_group import check_token_mask, lora_linear_group
 
-    if not lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+    if isinstance(weight, NF4Weight) or not lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
         explain_lora("lora_linear", x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     check_token_mask("lora_linear", x, token_mask)
     if seed is not None and training and dropout_p > 0:
@@ -187,6 +207,11 @@ def is_dtensor(*tensors: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def refuse_dtensors_over_nf4(op: str, weights: Sequence[Tensor | NF4Weight]) -> None:
+    if any(isinstance(weight, NF4Weight) for weight in weights):
+        raise NotImplementedError(f"{op}: DTensors are not supported over weights of 4 bits")
 
 
 def lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft_kernels import ops
 from peft_kernels.checks import (
+    check_bias,
     check_device,
     check_finite,
     check_floating,
@@ -20,9 +21,11 @@ from peft_kernels.checks import (
     check_seed,
     check_shape,
     check_tensor,
+    check_weight,
     shape_text,
 )
-from peft_kernels.functional.lora_linear import PLAIN, is_dtensor, lora_linear_on_dtensors
+from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.functional.lora_linear import PLAIN, is_dtensor, lora_linear_on_dtensors, refuse_dtensors_over_nf4
 from peft_kernels.ops.philox_dropout import new_seeds
 
 _OP = "lora_linear_group"
@@ -31,7 +34,7 @@ Adapters = Sequence["Tensor | Sequence[Tensor] | None"]
 
 def lora_linear_group(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | NF4Weight],
     lora_As: Adapters,
     lora_Bs: Adapters,
     *,
@@ -52,13 +55,15 @@ def lora_linear_group(
 
     Args:
         x: [..., in_features]; float32, float16, bfloat16 or float64, any strides.
-        weights: of each projection, [out_features_j, in_features] in x's dtype.
+        weights: of each projection, [out_features_j, in_features] in x's dtype, or an `NF4Weight` (also beside dense
+            ones), which gets no gradient and is rounded to x's dtype for the products, as in `nf4_linear`.
         lora_As: for each projection its A [r, in_features], None for a frozen projection, or a sequence of As, whose
             updates are added up. All adapters of a group have one dtype, any of the above.
         lora_Bs: in the same nesting, B [out_features_j, r] in the dtype of the As.
         scalings: one factor for all adapters, or one for each in the nesting of `lora_As` (None where there is no
             adapter).
-        biases: [out_features_j] in x's dtype or None for each projection; None for no biases.
+        biases: [out_features_j] in x's dtype (over an `NF4Weight` in any) or None for each projection; None for no
+            biases.
         dropout_p: probability, in [0, 1], that an element of x is zeroed for an adapter: one for all or one for each
             adapter, in the nesting of `lora_As`. Each adapter draws its own mask, as in Hugging Face PEFT.
         training: no dropout when False.
@@ -86,6 +91,7 @@ def lora_linear_group(
         check_group(_OP, x, x.shape[-1], group)
         _remember(signature)
     if signature is None and is_dtensor(x, *weights, *group.lora_As, *group.lora_Bs):
+        refuse_dtensors_over_nf4(_OP, weights)
         return _on_dtensors(x, group, training, seed, token_mask)
     dropout_ps, seeds = seeds_tensor(_OP, group, training, seed, x.device)
     return ops.lora_linear_group.lora_linear_group(
@@ -122,7 +128,7 @@ def _remember(signature: tuple | None) -> None:
 class Group(NamedTuple):
     """The arguments with one entry per projection (weights, biases) or per adapter (the others)."""
 
-    weights: list[Tensor]
+    weights: list[Tensor | NF4Weight]
     biases: list[Tensor | None]
     lora_As: list[Tensor]
     lora_Bs: list[Tensor]
@@ -211,19 +217,11 @@ def check_group(op: str, x: Tensor, in_features: int, group: Group, projections:
         projections: the indices of the projections that read this input; None means all.
     """
     chosen = range(len(group.weights)) if projections is None else projections
-    autocast = torch.is_autocast_enabled(x.device.type)
     for j in chosen:
         name, weight, bias = f"weights[{j}]", group.weights[j], group.biases[j]
-        check_floating(op, name, weight)
-        check_shape(op, name, weight, ("out_features", in_features), f"its input has {in_features} features")
-        check_device(op, name, weight, x.device)
-        if not autocast:
-            check_same_dtype(op, name, weight, x.dtype, "x")
+        check_weight(op, name, weight, x, ("out_features", in_features), f"its input has {in_features} features")
         if bias is not None:
-            check_floating(op, f"biases[{j}]", bias)
-            check_shape(op, f"biases[{j}]", bias, weight.shape[:1], f"{name} has {weight.shape[0]} output features")
-            check_same_dtype(op, f"biases[{j}]", bias, weight.dtype, name)
-            check_device(op, f"biases[{j}]", bias, x.device)
+            check_bias(op, f"biases[{j}]", bias, name, weight)
     for i, j in enumerate(group.outputs):
         if j in chosen:
             _check_adapter(op, x, group, i, in_features)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peft_kernels import ops
 from peft_kernels.checks import check_shape
+from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.functional.gated_activation import check_activation
 from peft_kernels.functional.lora_linear import is_dtensor
 from peft_kernels.functional.lora_linear_group import Adapters, check_group, check_input, flatten_group, seeds_tensor
@@ -18,7 +19,7 @@ _OP = "lora_swiglu_mlp"
 
 def lora_swiglu_mlp(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | NF4Weight],
     lora_As: Adapters,
     lora_Bs: Adapters,
     *,
@@ -39,7 +40,8 @@ def lora_swiglu_mlp(
 
     Args:
         x: [..., hidden]; float32, float16, bfloat16 or float64.
-        weights: (gate [intermediate, hidden], up [intermediate, hidden], down [out, intermediate]) in x's dtype.
+        weights: (gate [intermediate, hidden], up [intermediate, hidden], down [out, intermediate]) in x's dtype, or
+            `NF4Weight`s as for `lora_linear_group`.
         lora_As, lora_Bs, scalings, biases, dropout_p: for (gate, up, down), each as for `lora_linear_group`.
         activation: "silu", "gelu" or "gelu_tanh".
         training: no dropout when False.

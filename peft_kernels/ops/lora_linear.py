@@ -143,9 +143,13 @@ def _gradients(ctx, grad_y, saved):
 
 
 def autocast_together(*tensors):
-    """The tensors in the autocast dtype of the first one's device, as `F.linear` would take them under autocast."""
+    """The tensors in the autocast dtype of the first one's device, as `F.linear` would take them under autocast. What
+    is no tensor (None, a weight of 4 bits) stays as it is."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
 
 
 def _under_autocast(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed):

@@ -44,14 +44,14 @@ def group_arguments(batch=(3, 5), dropout=False, mask=False, adapters=3):
     token_mask = torch.rand(batch) < 0.5 if mask else None
     lists = (GROUP_AS, GROUP_BS, SCALINGS, OUTPUTS, PS if dropout else [0.0] * 3)
     seeds = torch.arange(adapters) if dropout else None
-    return x, GROUP, biases, *(values[:adapters] for values in lists), seeds, token_mask
+    return x, GROUP, [], biases, *(values[:adapters] for values in lists), seeds, token_mask
 
 
 def group_backward(batch=(3, 5), unused=False, needs=(True,) * 11, **options):
-    x, weights, _, lora_As, *others = group_arguments(batch, **options)
+    x, weights, layouts, _, lora_As, *others = group_arguments(batch, **options)
     grads = [None if unused else torch.randn(*batch, 8), torch.randn(*batch, 5)]
     s = torch.randn(*batch, sum(a.shape[0] for a in lora_As))
-    return grads, x, s, weights, lora_As, *others, needs
+    return grads, x, s, weights, layouts, lora_As, *others, needs
 
 
 def dora_vectors(dtype):
@@ -60,13 +60,13 @@ def dora_vectors(dtype):
 
 def dora_arguments(**options):
     x, weight, bias, a, b, scaling, p, seed = lora_arguments(**options)
-    return x, weight, bias, a, b, *dora_vectors(a.dtype), scaling, p, seed
+    return x, [weight], [], bias, a, b, *dora_vectors(a.dtype), scaling, p, seed
 
 
 def dora_backward(needs=(True,) * 6, **options):
     grad_y, x, s, weight, a, b, scaling, p, seed, _ = backward_arguments(ALL, **options)
     u = torch.randn_like(grad_y)
-    return grad_y, x, s, u, weight, a, b, *dora_vectors(a.dtype), scaling, p, seed, needs
+    return grad_y, x, s, u, [weight], [], a, b, *dora_vectors(a.dtype), scaling, p, seed, needs
 
 
 def mlp_arguments(batch=(3, 5), dropout=False):
@@ -74,13 +74,14 @@ def mlp_arguments(batch=(3, 5), dropout=False):
     weights = [torch.randn(9, 6), torch.randn(9, 6), torch.randn(6, 9)]
     lora_As, lora_Bs = [torch.randn(2, 6), torch.randn(3, 9)], [torch.randn(9, 2), torch.randn(6, 3)]
     ps, seeds = ([0.25, 0.5], torch.arange(2)) if dropout else ([0.0, 0.0], None)
-    return x, weights, biases, lora_As, lora_Bs, [1.5, 0.5], [0, 2], "silu", ps, seeds
+    return x, weights, [], biases, lora_As, lora_Bs, [1.5, 0.5], [0, 2], "silu", ps, seeds
 
 
 def mlp_backward(batch=(3, 5), needs=(True,) * 11, **options):
-    x, weights, _, *others = mlp_arguments(batch, **options)
+    x, weights, layouts, _, *others = mlp_arguments(batch, **options)
     gate, up = torch.randn(*batch, 9), torch.randn(*batch, 9)
-    return torch.randn(*batch, 6), x, gate, up, torch.randn(*batch, 2), torch.randn(*batch, 3), weights, *others, needs
+    s, s_down = torch.randn(*batch, 2), torch.randn(*batch, 3)
+    return torch.randn(*batch, 6), x, gate, up, s, s_down, weights, layouts, *others, needs
 
 
 IDS = torch.tensor([[3, 0, 3], [1, 6, 3]])
@@ -98,12 +99,13 @@ def expert_arguments(rows=6, seed=None, dtype=F32, adapter_dtype=F32, bias=True)
     a, b = torch.randn(3, 4, 31).to(adapter_dtype), torch.randn(3, 17, 4).to(adapter_dtype)
     ends = ENDS if rows else torch.zeros_like(ENDS)
     p, seed = (0.0, None) if seed is None else (0.25, torch.tensor([seed]))
-    return x, weight, torch.randn(3, 17).to(dtype) if bias else None, a, b, ends, 1.5, p, seed
+    return x, [weight], [], torch.randn(3, 17).to(dtype) if bias else None, a, b, ends, 1.5, p, seed
 
 
 def expert_backward(needs=ALL, **options):
-    x, weight, _, *others = expert_arguments(**options)
-    return torch.randn(x.shape[0], 17).to(x.dtype), x, torch.randn(x.shape[0], 4).to(x.dtype), weight, *others, needs
+    x, weight, layout, _, *others = expert_arguments(**options)
+    grad_y, s = torch.randn(x.shape[0], 17).to(x.dtype), torch.randn(x.shape[0], 4).to(x.dtype)
+    return grad_y, x, s, weight, layout, *others, needs
 
 
 # Per op, arguments on the CPU without autograd (autograd lives outside the registered op).
@@ -152,9 +154,9 @@ ARGUMENTS = {
         dora_backward(needs=(False, False, True, False, False, True)),
     ],
     "dora_weight_norm": [
-        (torch.randn(17, 31), torch.randn(4, 31), torch.randn(17, 4), 1.5, None),
-        (torch.randn(17, 31).to(BF16), torch.randn(4, 31), torch.randn(17, 4), 1.5, torch.rand(17)),
-        (torch.randn(17, 31).double(), torch.randn(4, 31), torch.randn(17, 4), 0.0, None),
+        ([torch.randn(17, 31)], [], F32, torch.randn(4, 31), torch.randn(17, 4), 1.5, None),
+        ([torch.randn(17, 31).to(BF16)], [], BF16, torch.randn(4, 31), torch.randn(17, 4), 1.5, torch.rand(17)),
+        ([torch.randn(17, 31).double()], [], torch.float64, torch.randn(4, 31), torch.randn(17, 4), 0.0, None),
     ],
     "gated_activation": [
         (torch.randn(3, 5, 7), torch.randn(3, 5, 7), "silu"),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from peft_kernels.kernels import _base
 from peft_kernels.kernels.composed._passes import add_dropped, cast, down, sum_over_rows, sum_rows
 
 
@@ -34,10 +35,7 @@ def forward(x, weight, bias, lora_A, lora_B, offsets, scaling, dropout_p, seed):
     y, s = x.new_zeros(x.shape[0], weight.shape[1]), x.new_zeros(x.shape[0], a.shape[1])
     for e, rows in _segments(offsets, x.shape[0]):
         y_e = y[rows]
-        if bias is None:
-            torch.mm(x[rows], weight[e].t(), out=y_e)
-        else:
-            torch.addmm(bias[e], x[rows], weight[e].t(), out=y_e)
+        _base.linear_into(y_e, x[rows], _base.expert(weight, e), None if bias is None else bias[e])
         down(x[rows], a[e], dropout_p, seed, s[rows], first_row=rows.start)
         y_e.addmm_(s[rows], b[e].t(), alpha=scaling)
     return y, s
@@ -56,7 +54,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, offsets, scaling, dropout_p, 
         grad_y_e = grad_y[rows]
         grad_s = torch.mm(grad_y_e, b[e]) if need_x or need_a else None  # not yet scaled
         if grad_x is not None:
-            _grad_x(grad_x[rows], grad_y_e, weight[e], grad_s, a[e], scaling, dropout_p, seed, rows.start)
+            _grad_x(grad_x[rows], grad_y_e, _base.expert(weight, e), grad_s, a[e], scaling, dropout_p, seed, rows.start)
         if grad_weight is not None:
             grad_weight[e] = sum_over_rows(grad_y_e, x[rows], weight[e])
         if grad_bias is not None:
@@ -69,7 +67,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, offsets, scaling, dropout_p, 
 
 
 def _grad_x(out, grad_y, weight, grad_s, a, scaling, dropout_p, seed, first_row) -> None:
-    torch.mm(grad_y, weight, out=out)
+    _base.grad_input_into(out, grad_y, weight)
     if seed is None:
         out.addmm_(grad_s, a, alpha=scaling)
     else:

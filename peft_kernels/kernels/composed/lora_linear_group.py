@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_kernels.kernels import _base
 from peft_kernels.kernels.composed._passes import add_dropped, cast, down, sum_over_rows, sum_rows
 
 
@@ -51,7 +52,7 @@ def forward(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps,
     s = _down_projections(x, lora_As, dropout_ps, seeds)
     if token_mask is not None:
         s.masked_fill_(~token_mask.unsqueeze(1), 0.0)
-    ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    ys = [_base.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     for columns, b, scaling, output in _updates(_adapters(lora_As, outputs), lora_Bs, scalings, x.dtype):
         ys[output].addmm_(s[:, columns], b.t(), alpha=scaling)
     return ys, s
@@ -136,9 +137,9 @@ def _grad_s(given, grad_ys, adapters, lora_Bs, scalings, token_mask) -> Tensor:
 
 def _grad_x(given, grad_ys, weights, adapters, grad_s, lora_As, dropout_ps, seeds) -> Tensor:
     pairs = [(grad_y, weight) for grad_y, weight in zip(grad_ys, weights, strict=True) if grad_y is not None]
-    grad_x = torch.mm(*pairs[0])
+    grad_x = _base.grad_input(*pairs[0])
     for grad_y, weight in pairs[1:]:
-        grad_x.addmm_(grad_y, weight)
+        _base.add_grad_input(grad_x, grad_y, weight)
     if grad_s is None:
         return grad_x
     if seeds is None:

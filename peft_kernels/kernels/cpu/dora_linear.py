@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from peft_kernels import _native
-from peft_kernels.kernels.cpu import lora_linear
+from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.kernels.cpu import lora_linear, nf4_lora_linear
 from peft_kernels.kernels.cpu.lora_linear import place
 from peft_kernels.kernels.cpu.philox_dropout import row_major
 
@@ -25,12 +26,16 @@ def unsupported(problem) -> str | None:
 def unproven(problem) -> str | None:
     if problem.r > 64:
         return "PyTorch's matmuls are faster above rank 64"
-    few = problem.m * (problem.n + problem.k) < 1 << 17 and not lora_linear.is_small(
-        problem.m, problem.n, problem.k, problem.r
-    )
+    one_call = not problem.nf4 and lora_linear.is_small(problem.m, problem.n, problem.k, problem.r)
+    few = problem.m * (problem.n + problem.k) < 1 << 17 and not one_call
     if few and not problem.dropout and problem.dtype == torch.float32:
         return "PyTorch's matmuls are as fast on so few elements without dropout"
     return None
+
+
+def _linear(weight):
+    """The implementation of the layer without its magnitude."""
+    return nf4_lora_linear if isinstance(weight, NF4Weight) else lora_linear
 
 
 def _float(vector: Tensor | None) -> Tensor | None:
@@ -38,7 +43,7 @@ def _float(vector: Tensor | None) -> Tensor | None:
 
 
 def forward(x, weight, bias, lora_A, lora_B, magnitude, weight_norm, scaling, dropout_p, seed):
-    u, s = lora_linear.forward(x, weight, None, lora_A, lora_B, scaling, dropout_p, seed)
+    u, s = _linear(weight).forward(x, weight, None, lora_A, lora_B, scaling, dropout_p, seed)
     g, bias, y = _float(magnitude / weight_norm), _float(bias), torch.empty(u.shape, dtype=u.dtype)
     _native.load("_cpu").dora_scale(
         *u.shape, _native.DTYPES[u.dtype], u.data_ptr(), g.data_ptr(), place(bias)[0], y.data_ptr(),
@@ -63,7 +68,7 @@ def backward(
     )  # fmt: skip
     grads: tuple[Tensor | None, ...] = (None,) * 5
     if grad_u is not None:
-        grads = lora_linear.backward(grad_u, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, linear)
+        grads = _linear(weight).backward(grad_u, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, linear)
     grad_x, grad_weight, _, grad_a, grad_b = grads
     grad_magnitude = None if products is None else products.div_(weight_norm).to(magnitude.dtype)
     return grad_x, grad_weight, sums, grad_a, grad_b, grad_magnitude

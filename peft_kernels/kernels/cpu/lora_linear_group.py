@@ -1,5 +1,6 @@
-"""`lora_linear_group` on a CPU: the base matmuls stay in PyTorch, the low-rank half of all projections runs in one call
-into csrc/lora_linear_group.cpp: one pass over x for every S, one over each dY, one over x and dx for dA and dx.
+"""`lora_linear_group` on a CPU: the base products are those of PyTorch or `nf4_linear`, the low-rank half of all
+projections runs in one call into csrc/lora_linear_group.cpp: one pass over x for every S, one over each dY, one over x
+and dx for dA and dx.
 
 CPU time of forward and backward over that of `composed`, base matmuls included (M=512, K=1024, r=16, float32, one
 thread of an AVX2 server, PyTorch 2.13; medians of runs in turn while the machine was busy with other work): three
@@ -10,11 +11,11 @@ on an idle machine 0.95); M=256, K=384, three of 384 1.03.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import _native
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.kernels import _base
 from peft_kernels.kernels.composed import lora_linear_group as composed
 from peft_kernels.kernels.cpu.lora_linear import DTYPES, place
 from peft_kernels.kernels.cpu.philox_dropout import dropout_arguments, row_major
@@ -66,7 +67,7 @@ def _columns(lora_As) -> list[int]:
 
 
 def forward(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask):
-    ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    ys = [_base.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     *columns, ranks = _columns(lora_As)
     s = x.new_empty(x.shape[0], ranks)
     if not lora_As:

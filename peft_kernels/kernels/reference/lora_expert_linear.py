@@ -1,14 +1,14 @@
 """Specification of a stack of LoRA linears, each on its own rows: `lora_linear` of every expert on all rows, masked.
 
 x [M, K] sorted by expert, W [E, N, K], b [E, N], A [E, r, K], B [E, N, r]; expert e owns the rows from offsets[e-1]
-up to offsets[e].
+up to offsets[e]. W in NF4 is decoded.
 """
 
 from __future__ import annotations
 
 import torch
 
-from peft_kernels.kernels.reference import lora_linear
+from peft_kernels.kernels.reference import lora_linear, nf4_dequantize
 
 
 def unsupported(problem) -> str | None:
@@ -23,6 +23,7 @@ def _owned(offsets: torch.Tensor, rows: int):
 
 
 def forward(x, weight, bias, lora_A, lora_B, offsets, scaling, dropout_p, seed):
+    weight = nf4_dequantize.dense(weight)
     y, s = x.new_zeros(x.shape[0], weight.shape[1]), x.new_zeros(x.shape[0], lora_A.shape[1])
     for e, own in enumerate(_owned(offsets, x.shape[0])):
         b = None if bias is None else bias[e]
@@ -33,7 +34,7 @@ def forward(x, weight, bias, lora_A, lora_B, offsets, scaling, dropout_p, seed):
 
 def backward(grad_y, x, s, weight, lora_A, lora_B, offsets, scaling, dropout_p, seed, needs):
     """Gradients (dx, dW, dbias, dA, dB); None where `needs` says that nobody asked."""
-    each = []
+    weight, each = nf4_dequantize.dense(weight), []
     grad_x = grad_y.new_zeros(grad_y.shape[0], weight.shape[2]) if needs[0] else None
     for e, own in enumerate(_owned(offsets, grad_y.shape[0])):
         owned = [t if t is None else t.masked_fill(~own, 0.0) for t in (grad_y, x, s)]

@@ -2,7 +2,7 @@
 
 y_j = x W_jᵀ + b_j + Σ_i s_i (drop_i(x) A_iᵀ) B_iᵀ over the adapters i with outputs[i] = j. x [M, K], W_j [N_j, K],
 A_i [r_i, K], B_i [N_j, r_i]; S [M, Σ r_i] holds the products drop_i(x) A_iᵀ side by side and is what forward leaves for
-backward. Rows where token_mask is False have S = 0.
+backward. Rows where token_mask is False have S = 0. A W_j in NF4 is decoded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.kernels.reference import lora_linear, philox_dropout
+from peft_kernels.kernels.reference import lora_linear, nf4_dequantize, philox_dropout
 
 
 def unsupported(problem) -> str | None:
@@ -27,7 +27,8 @@ def _masked(s: Tensor, token_mask: Tensor | None) -> Tensor:
 
 
 def forward(x, weights, biases, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask):
-    ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    pairs = zip(map(nf4_dequantize.dense, weights), biases, strict=True)
+    ys = [F.linear(x, weight, bias) for weight, bias in pairs]
     products = [x.new_empty(x.shape[0], 0)]
     for i, output in enumerate(outputs):
         s = _masked(F.linear(_drop(x, dropout_ps[i], seeds, i), lora_As[i].to(x.dtype)), token_mask)
@@ -40,6 +41,7 @@ def backward(
     grad_ys, x, s, weights, lora_As, lora_Bs, scalings, outputs, dropout_ps, seeds, token_mask, needs
 ):  # fmt: skip
     """Gradients (dx, dWs, dbiases, dAs, dBs); None where `needs` says that nobody asked. grad_ys[j] = None is zero."""
+    weights = list(map(nf4_dequantize.dense, weights))
     grad_ys = _materialised(grad_ys, weights)
     pairs = list(zip(grad_ys, weights, strict=True))
     grad_x = sum(grad_y @ weight for grad_y, weight in pairs) if needs.x else None

@@ -35,6 +35,11 @@ def elements(q: NF4Weight, numbers: Tensor) -> Tensor:
     return code(q.device)[indices.long()] * absmax(q, numbers // q.blocksize)
 
 
+def dense(weight: Tensor | NF4Weight) -> Tensor:
+    """A weight or stack of weights as it is multiplied: itself, or decoded."""
+    return forward(weight).view(weight.shape) if isinstance(weight, NF4Weight) else weight
+
+
 def forward(q: NF4Weight) -> Tensor:
     n, k, stride, first, *_ = q.layout
     weight = torch.empty(n, k, dtype=q.dtype, device=q.device)

@@ -17,6 +17,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 INTERPRETER_IS_FOR_TESTS = "TRITON_INTERPRET is set: the interpreter is for tests"
+NOT_OF_4_BITS = "reads dense weights; over NF4 the base products are `nf4_linear`'s"
 
 # The interpreter has no architecture; these block sizes serve it as well as any.
 _ARCH_OF_CPU = "sm_80"

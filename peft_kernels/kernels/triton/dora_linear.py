@@ -10,9 +10,12 @@ more than its. Compiled for sm_80, sm_90 and sm_100, interpreted on the CPU; nev
 from __future__ import annotations
 
 from peft_kernels.kernels.triton import lora_linear
+from peft_kernels.kernels.triton._launch import NOT_OF_4_BITS
 from peft_kernels.kernels.triton._measured import unproven as _unproven
 
-unsupported = lora_linear.unsupported
+
+def unsupported(problem) -> str | None:
+    return NOT_OF_4_BITS if problem.nf4 else lora_linear.unsupported(problem)
 
 
 def unproven(problem) -> str | None:

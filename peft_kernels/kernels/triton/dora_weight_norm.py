@@ -15,10 +15,13 @@ import torch
 from peft_kernels import tuning
 from peft_kernels.checks import MAX_RANK
 from peft_kernels.kernels.triton import _launch
+from peft_kernels.kernels.triton._launch import NOT_OF_4_BITS
 from peft_kernels.kernels.triton._measured import unproven as _unproven
 
 
 def unsupported(problem) -> str | None:
+    if problem.nf4:
+        return NOT_OF_4_BITS
     if problem.r > MAX_RANK:
         return f"rank {problem.r} is above {MAX_RANK}"
     return _launch.unavailable(problem.device, problem.device_index, problem.dtype, problem.adapter_dtype)

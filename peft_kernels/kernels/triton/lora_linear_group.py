@@ -25,6 +25,7 @@ from peft_kernels.checks import MAX_RANK
 from peft_kernels.kernels.composed._passes import cast, sum_rows
 from peft_kernels.kernels.composed._passes import sum_over_rows as product_over_rows
 from peft_kernels.kernels.triton import _launch
+from peft_kernels.kernels.triton._launch import NOT_OF_4_BITS
 from peft_kernels.kernels.triton._measured import unproven as _unproven
 
 # The kernels have a copy of their code for each projection, and a mask's for each adapter.
@@ -32,6 +33,8 @@ MAX_OUTPUTS, MAX_ADAPTERS = 4, 8
 
 
 def unsupported(problem) -> str | None:
+    if problem.nf4:
+        return NOT_OF_4_BITS
     if len(problem.ns) > MAX_OUTPUTS:
         return f"{len(problem.ns)} projections, more than {MAX_OUTPUTS}"
     if len(problem.rs) > MAX_ADAPTERS:
