@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels import functional, ops
+from peft_kernels.formats import nf4
+from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels.reference import philox_dropout as philox_reference
 
 SCALING = 1.5
@@ -33,7 +35,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One problem of an op: tensors by argument name (those in `grads` get gradients), other arguments, and eager code.
+    """One problem of an op: tensors by argument name (those in `grads` get gradients), other arguments (a 4-bit weight
+    `q` is one of them), and eager code.
 
     `eager(tensors)` composes the op of PyTorch's own functions in the dtype of whatever tensors it is given. Tensors of
     an argument that is a list are named "weights.0", "weights.1" ...; several outputs count as one, side by side.
@@ -48,7 +51,8 @@ class Case:
 
     @property
     def device(self) -> str:
-        return next(iter(self.tensors.values())).device.type
+        placed: Any = next(iter(self.tensors.values()), self.options.get("q"))
+        return placed.device.type
 
     @property
     def problem(self) -> Any:
@@ -105,7 +109,7 @@ class Draw:
 
     def __call__(self, dtype: torch.dtype, *shape: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
         wide = torch.float64 if self.device.type == "cpu" else torch.float32
-        values = torch.randn(*shape, generator=self.generator, device=self.device, dtype=wide)
+        values = torch.randn(shape, generator=self.generator, device=self.device, dtype=wide)
         return values.mul_(scale).add_(offset).to(dtype)
 
     def integers(self, end: int, *shape: int) -> Tensor:
@@ -327,6 +331,93 @@ def splitk_reduce(parts: int, size: int, dtype: torch.dtype, draw: Draw) -> Case
     tensors = {"partials": draw(torch.float32, parts, size)}
     label = f"{parts} parts of {size} to {short(dtype)}"
     return Case("splitk_reduce", label, tensors, {"scale": 0.5, "dtype": dtype}, eager)
+
+
+def nf4_weight(
+    draw: Draw, *shape: int, blocksize: int = 64, nested: bool = True, dtype: torch.dtype = torch.float32
+) -> NF4Weight:
+    """A weight of any bits: each of the 16 numbers as often as any other, an absmax of about K**-0.5 for each block."""
+    numel, scale = math.prod(shape), max(1, shape[-1]) ** -0.5
+    blocks = -(-numel // blocksize)
+    packed = draw.integers(256, -(-numel // 2)).to(torch.uint8)
+    if not nested:
+        absmax = draw(torch.float32, blocks, scale=0.1 * scale, offset=scale)
+        return NF4Weight(packed, absmax, None, None, None, torch.Size(shape), dtype, blocksize)
+    indices = draw.integers(256, blocks).to(torch.uint8)
+    absmax = draw(torch.float32, -(-blocks // nf4.NESTED_BLOCKSIZE), scale=0.02 * scale, offset=0.3 * scale)
+    table, offset = nf4.dynamic_map(draw.device), draw(torch.float32, scale=0.02 * scale, offset=scale)
+    return NF4Weight(packed, indices, absmax, table, offset, torch.Size(shape), dtype, blocksize)
+
+
+def nf4_decoded(q: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The weight in full by the format's formula, the whole of which `q` is a part decoded first."""
+    indices = torch.stack((q.packed >> 4, q.packed & 15), 1).view(-1).long()
+    absmax = q.absmax
+    if q.nested_absmax is not None:
+        scaled = q.nested_map[q.absmax.long()] * q.nested_absmax.repeat_interleave(nf4.NESTED_BLOCKSIZE)[: len(absmax)]
+        absmax = scaled + q.nested_offset
+    values = torch.tensor(nf4.CODE, device=q.device)[indices]
+    values = values * absmax.repeat_interleave(q.blocksize)[: len(values)]
+    n, k, stride, first, *_ = q.layout
+    return values.to(dtype).as_strided((n, k), (stride, 1), first).reshape(q.shape)
+
+
+def nf4_linear(shape: Shape, draw: Draw, **weight: Any) -> Case:
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        return F.linear(t["x"], nf4_decoded(q, shape.dtype).to(t["x"].dtype), t.get("bias"))
+
+    q = nf4_weight(draw, shape.n, shape.k, dtype=shape.dtype, **weight)
+    tensors = {"x": draw(shape.dtype, *shape.batch, shape.k), "bias": draw(shape.dtype, shape.n)}
+    return Case("nf4_linear", _nf4_label(shape, q), tensors, {"q": q}, eager, ("x",))
+
+
+def nf4_lora_linear(shape: Shape, draw: Draw, **weight: Any) -> Case:
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        low_rank = _low_rank(t["x"], t["lora_A"], t["lora_B"], shape.dropout_p, SEED)
+        return F.linear(t["x"], nf4_decoded(q, shape.dtype).to(t["x"].dtype), t.get("bias")) + SCALING * low_rank
+
+    q = nf4_weight(draw, shape.n, shape.k, dtype=shape.dtype, **weight)
+    tensors = {name: tensor for name, tensor in _layer(shape, draw).items() if name != "weight"}
+    options = {"q": q, "scaling": SCALING, **_options(shape, draw)}
+    return Case("nf4_lora_linear", _nf4_label(shape, q), tensors, options, eager, ("x", "lora_A", "lora_B"))
+
+
+def _nf4_label(shape: Shape, q: NF4Weight) -> str:
+    return f"{shape}, blocks of {q.blocksize}{', nested' if q.is_nested else ''}"
+
+
+def nf4_dequantize(shape: Shape, draw: Draw, **weight: Any) -> Case:
+    """N by K, in the dtype of the shape: nothing but the very bits will do."""
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        return nf4_decoded(q, shape.dtype)
+
+    q = nf4_weight(draw, shape.n, shape.k, **weight)
+    return Case("nf4_dequantize", _nf4_label(shape, q), {}, {"q": q, "dtype": shape.dtype}, eager)
+
+
+class QuantizeCase(Case):
+    """The output is the bytes, then the absmax of each block, as numbers: nothing but the very bits will do."""
+
+    def outputs(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        q = functional.nf4_quantize(**tensors, **self.options)  # type: ignore[arg-type]
+        return q.packed.float(), q.absmax
+
+
+def nf4_quantize(shape: Shape, draw: Draw, blocksize: int = 64) -> Case:
+    """N by K, the absmax values left in float32."""
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        values = F.pad(t["weight"].float().flatten(), (0, -t["weight"].numel() % blocksize)).view(-1, blocksize)
+        absmax = values.abs().amax(1)
+        distance = (values / absmax.unsqueeze(1)).unsqueeze(-1) - torch.tensor(nf4.CODE, device=values.device)
+        high, low = distance.abs().argmin(-1).view(-1, 2).unbind(1)
+        return torch.cat(((16 * high + low)[: (shape.n * shape.k + 1) // 2].float(), absmax))
+
+    label = f"{shape.k} -> {shape.n}, {short(shape.dtype)}, blocks of {blocksize}"
+    options = {"blocksize": blocksize, "double_quant": False}
+    weight = draw(shape.dtype, shape.n, shape.k, scale=shape.k**-0.5)
+    return QuantizeCase("nf4_quantize", label, {"weight": weight}, options, eager)
 
 
 # What can be drawn from a layer's shape alone.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -215,6 +215,27 @@ def _splitk_reduce_cases(draw: Draw) -> Iterator[Case]:
         yield problems.splitk_reduce(parts, size, dtype, draw)
 
 
+# With the arguments of `problems.nf4_weight`: a row's end is seldom a block's. Few rows have kernels of their own.
+_QUANTISED: tuple[tuple[Shape, dict[str, Any]], ...] = (
+    (_LAYERS[0], {"nested": False}),
+    (_LAYERS[1], {"blocksize": 4096}),
+    (_LAYERS[2], {}),
+    (_LAYERS[3], {"blocksize": 32, "nested": False}),
+    (_LAYERS[4], {"blocksize": 256}),
+    (Shape((16,), 131, 515, 4, _BF16, _SINGLE), {}),
+    (Shape((1,), 2051, 1024, 8, _BF16, _BF16), {"nested": False}),
+)
+
+
+def _quantised(build: Callable[..., Case]) -> Callable[[Draw], Iterator[Case]]:
+    return lambda draw: (build(shape, draw, **weight) for shape, weight in _QUANTISED)
+
+
+def _nf4_quantize_cases(draw: Draw) -> Iterator[Case]:
+    for shape, weight in _QUANTISED:
+        yield problems.nf4_quantize(shape, draw, weight.get("blocksize", 64))
+
+
 CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "lora_linear": _of_shapes(problems.lora_linear, _LAYERS),
     "lora_linear_group": _of_shapes(problems.lora_linear_group, _LAYERS),
@@ -224,6 +245,10 @@ CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "gated_activation": _gated(problems.gated_activation, _TENSORS),
     "lora_embedding": _of_shapes(problems.lora_embedding, _LAYERS),
     "lora_expert_linear": _of_shapes(problems.lora_expert_linear, _LAYERS),
+    "nf4_linear": _quantised(problems.nf4_linear),
+    "nf4_lora_linear": _quantised(problems.nf4_lora_linear),
+    "nf4_dequantize": _quantised(problems.nf4_dequantize),
+    "nf4_quantize": _nf4_quantize_cases,
     "philox_dropout": _of_shapes(problems.philox_dropout, _TENSORS),
     "splitk_reduce": _splitk_reduce_cases,
 }

@@ -10,6 +10,7 @@ import torch
 
 from peft_kernels import dispatch
 from tests.problems import PLAIN, Problem
+from tests.problems.nf4 import part_of
 
 # The Triton kernels run on CPU tensors too, in Triton's interpreter: slowly, so tests/triton has a set of its own.
 _INTERPRETED = "triton"
@@ -21,6 +22,8 @@ def probe(op: str, device: str) -> Any:
         return PLAIN[op](device).dispatched()
     x, square = torch.zeros(32, 64, device=device), torch.zeros(64, 64, device=device)
     arguments = {
+        "nf4_dequantize": (part_of("whole", 64, 64, device=device),),
+        "nf4_quantize": (square,),
         "dora_weight_norm": (square, torch.zeros(16, 64, device=device), torch.zeros(64, 16, device=device)),
         "philox_dropout": (x, 0.5),
         "splitk_reduce": (x,),

@@ -177,7 +177,7 @@ def test_t10_square_weight_stored_in_by_out():
     torch.testing.assert_close(fused(x), stock(x))
 
 
-@pytest.mark.parametrize("op", [*OPS, "lora_embedding"])
+@pytest.mark.parametrize("op", [*(op for op in OPS if op != "nf4_lora_linear"), "lora_embedding"])
 def test_t11_packed_weights_are_refused(op):
     """4-bit weights are bytes of another shape: they must not reach a matmul as numbers."""
     problem = problem_of(op)

@@ -15,6 +15,8 @@ from tests.problems import (
     GroupProblem,
     LoraProblem,
     MlpProblem,
+    Nf4LoraProblem,
+    Nf4Problem,
     Problem,
 )
 
@@ -24,8 +26,11 @@ DTYPES = ((F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F16, F32))
 
 NEW = (
     "lora_linear_group", "dora_linear", "gated_activation", "lora_swiglu_mlp", "lora_embedding", "lora_expert_linear",
+    "nf4_linear", "nf4_lora_linear",
 )  # fmt: skip
-LINEAR = ("lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_expert_linear")  # ops of an x with dropout
+# Ops of an x with dropout.
+LINEAR = ("lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_expert_linear", "nf4_lora_linear")
+RANKLESS = ("gated_activation", "nf4_linear")
 
 
 def dtype_id(pair: tuple) -> str:
@@ -58,11 +63,13 @@ BUILDERS: dict[str, Callable[..., Problem]] = {
     "lora_swiglu_mlp": _mlp,
     "lora_embedding": lambda m, k, n, r, **options: EmbeddingProblem(m, k, n, r, **options),
     "lora_expert_linear": _experts,
+    "nf4_linear": lambda m, k, n, r, **options: Nf4Problem(m, k, n, **options),
+    "nf4_lora_linear": lambda m, k, n, r, **options: Nf4LoraProblem(m, k, n, r, **options),
 }
 FIELDS = {
     "lora_linear": LoraProblem, "lora_linear_group": GroupProblem, "dora_linear": DoraProblem,
     "gated_activation": GatedProblem, "lora_swiglu_mlp": MlpProblem, "lora_embedding": EmbeddingProblem,
-    "lora_expert_linear": ExpertProblem,
+    "lora_expert_linear": ExpertProblem, "nf4_linear": Nf4Problem, "nf4_lora_linear": Nf4LoraProblem,
 }  # fmt: skip
 
 

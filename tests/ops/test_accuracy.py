@@ -11,12 +11,12 @@ import torch
 from peft_kernels import use_backend
 from tests.backends import across, on_cpu
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
-from tests.ops.cases import BF16, DTYPES, F32, F64, LINEAR, NEW, dtype_id, problem_of, tiny
+from tests.ops.cases import BF16, DTYPES, F32, F64, LINEAR, NEW, RANKLESS, dtype_id, problem_of, tiny
 
 EVERY_OP = pytest.mark.parametrize("backend", across("lora_linear", *NEW), indirect=True)
 NEW_OPS = pytest.mark.parametrize("backend", across(*NEW), indirect=True)
 RANKED = pytest.mark.parametrize(
-    "backend", across("lora_linear", *(op for op in NEW if op != "gated_activation")), indirect=True
+    "backend", across("lora_linear", *(op for op in NEW if op not in RANKLESS)), indirect=True
 )
 RULE_SIZE = (70, 66, 301, 36)
 OF_AN_X = pytest.mark.parametrize("backend", across(*LINEAR), indirect=True)
@@ -160,7 +160,9 @@ def test_same_bits_every_time_and_nothing_written_into(backend):
 @pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 0), (3, 1, 5)], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize(
-    "backend", across("lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_embedding"), indirect=True
+    "backend",
+    across("lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_embedding", "nf4_linear", "nf4_lora_linear"),
+    indirect=True,
 )
 def test_batches_of_every_shape(backend, dropout_p, batch):
     """A vector, no rows at all, several dimensions."""

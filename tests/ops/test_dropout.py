@@ -38,6 +38,8 @@ def transparent(op: str, x: torch.Tensor, p=P, seed=SEED, **options) -> list[tor
         offsets = torch.tensor([x.shape[0] // 3, x.shape[0]], dtype=torch.int32, device=x.device)
         args = (t.expand(2, k, k) for t in (zero, eye, eye))
         return [functional.lora_expert_linear(x, *args, offsets, **options)]
+    if op == "nf4_lora_linear":
+        return [functional.nf4_lora_linear(x, functional.nf4_quantize(zero, 64, False), eye, eye, **options)]
     raise KeyError(op)
 
 
