@@ -1,11 +1,16 @@
 """Modules: they own parameters, state and representation, and hold no maths."""
 
+from peft_kernels.nn._merge import MergeError
 from peft_kernels.nn.adapter import add_lora, merge_adapter, trainable_parameters, unmerge_adapter
 from peft_kernels.nn.adapter_files import load_adapter, save_adapter
 from peft_kernels.nn.embedding import FusedLoRAEmbedding
 from peft_kernels.nn.experts import FusedLoRAExperts
 from peft_kernels.nn.group import FusedLoRAGroup, FusedLoRASwiGLU
 from peft_kernels.nn.lora import FusedLoRALinear
+from peft_kernels.nn.nf4 import NF4Linear
+from peft_kernels.nn.qlora import FusedQLoRALinear
+from peft_kernels.nn.qlora_experts import FusedQLoRAExperts
+from peft_kernels.nn.quantize import quantize_linears
 
 __all__ = [
     "FusedLoRAEmbedding",
@@ -13,9 +18,14 @@ __all__ = [
     "FusedLoRAGroup",
     "FusedLoRALinear",
     "FusedLoRASwiGLU",
+    "FusedQLoRAExperts",
+    "FusedQLoRALinear",
+    "MergeError",
+    "NF4Linear",
     "add_lora",
     "load_adapter",
     "merge_adapter",
+    "quantize_linears",
     "save_adapter",
     "trainable_parameters",
     "unmerge_adapter",

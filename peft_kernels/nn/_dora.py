@@ -10,6 +10,8 @@ from torch.nn.parameter import Parameter
 from torch.utils.weak import WeakIdRef
 
 from peft_kernels import functional
+from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.nn._weights import row_norm
 
 _PLAIN = frozenset((Tensor, Parameter))
 
@@ -36,42 +38,41 @@ class WeightNorms:
     def __reduce__(self) -> tuple[Any, ...]:
         return WeightNorms, ()  # a copy of the layer has other tensors
 
-    def of(self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, training: bool) -> Tensor | None:
+    def of(
+        self, weight: Tensor | NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, training: bool
+    ) -> Tensor | None:
         """‖W + s B A‖ by row, [N] in float32 (float64 for float64), without gradient.
 
         Returns:
             None where nothing may be kept: in compiled code, in a CUDA graph (which would go on reading memory that
             this object no longer holds), for tensors that are not plain or whose changes are not counted.
         """
-        if torch.compiler.is_compiling() or not all(map(_is_traceable, (weight, lora_A, lora_B))):
+        if torch.compiler.is_compiling():
             return None
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        held = weight.packed if isinstance(weight, NF4Weight) else weight
+        if not all(map(_is_traceable, (held, lora_A, lora_B))):
             return None
-        stream = _stream(weight)
-        key = (stream, *_state(weight), *_state(lora_A), *_state(lora_B), scaling)
+        if held.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        stream = _stream(held)
+        key = (stream, *_state(held), *_state(lora_A), *_state(lora_B), scaling)
         if not training and self._sum is not None and self._sum[0] == key:
             return self._sum[1]
         # Not inference tensors even if made under torch.inference_mode, so that a later call can save them.
         with torch.inference_mode(False), torch.no_grad():
-            squared = None if weight.requires_grad else self._weight_norm_squared(weight, stream)
+            squared = None if held.requires_grad else self._weight_norm_squared(weight, (stream, *_state(held)))
             norm = functional.dora_weight_norm(weight, lora_A, lora_B, scaling=scaling, weight_norm_squared=squared)
         if not training:
             self._sum = key, norm
         return norm
 
-    def _weight_norm_squared(self, weight: Tensor, stream: int) -> Tensor:
-        key, known = (stream, *_state(weight)), self._squared
+    def _weight_norm_squared(self, weight: Tensor | NF4Weight, key: tuple) -> Tensor:
+        known = self._squared
         if known is not None and known[0] == key:
             return known[1]
         squared = row_norm(weight).square_()
         self._squared = key, squared
         return squared
-
-
-def row_norm(weight: Tensor) -> Tensor:
-    """‖W‖ by row, [N], in float32 (float64 for float64)."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=wide)
 
 
 def _is_traceable(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_kernels.checks import FLOATS, check_finite
+from peft_kernels.formats.nf4 import NF4Weight
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -26,7 +27,7 @@ def check_flags(module: str, has_bias: bool, **flags: Any) -> None:
         raise ValueError(f"{module}: train_bias is set, but the layer has no bias")
 
 
-def resolve_adapter_dtype(module: str, weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
+def resolve_adapter_dtype(module: str, weight: Tensor | NF4Weight, adapter_dtype: torch.dtype | None) -> torch.dtype:
     """float32 for 16-bit weights and the weight's dtype for others, unless one is given."""
     if adapter_dtype is None:
         return torch.promote_types(weight.dtype, torch.float32)
@@ -38,6 +39,12 @@ def resolve_adapter_dtype(module: str, weight: Tensor, adapter_dtype: torch.dtyp
 def scaling_of(module: str, lora_alpha: float, r: int, use_rslora: bool) -> float:
     check_finite(module, "lora_alpha", lora_alpha)
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, a linear layer whose weight is [in_features, out_features]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -14,7 +14,9 @@ from peft_kernels.formats.strict_json import short
 from peft_kernels.nn._layers import is_hooked
 from peft_kernels.nn._merge import Mergeable
 from peft_kernels.nn.embedding import FusedLoRAEmbedding, embedding_objection, is_embedding
-from peft_kernels.nn.lora import FusedLoRALinear, is_linear
+from peft_kernels.nn.lora import FusedLoRALinear
+from peft_kernels.nn.lora import is_linear as is_dense_linear
+from peft_kernels.nn.nf4 import NF4Linear, is_quantised_linear
 
 # Names that torch.compile, FSDP and activation checkpointing insert into those of the modules that they wrap.
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
@@ -73,10 +75,17 @@ def mergeable_sites(model: nn.Module) -> list[Site]:
     return [site for site in all_sites(model) if isinstance(site.module, Mergeable)]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, dense or in 4 bits, that an adapter can be put beside."""
+    return is_dense_linear(module) or is_quantised_linear(module)
+
+
 def sizes(layer: Any) -> tuple[int, int]:
     """(out_features, in_features) of a layer, adapted or not; (embedding_dim, num_embeddings) of an embedding."""
+    if isinstance(layer, (nn.Linear, NF4Linear, FusedLoRALinear)):
+        return layer.out_features, layer.in_features
     n, k = layer.weight.shape
-    return (n, k) if isinstance(layer, (nn.Linear, FusedLoRALinear)) else (k, n)
+    return k, n
 
 
 def has_embedding(layer: nn.Module) -> bool:
@@ -127,7 +136,7 @@ def find_targets(model: nn.Module, settings: LoraSettings, where: str) -> list[S
         found.append(Site(site.module, tuple(names)))
     if not found:
         raise ValueError(_nothing_found(model, settings, where))
-    compiled = {id(module._modules["_orig_mod"]) for module in model.modules() if "_orig_mod" in module._modules}
+    compiled = compiled_modules(model)
     for site in found:
         reason = _objection(site.module, id(site.module) in compiled, settings)
         if reason is not None:
@@ -154,18 +163,22 @@ def put_layers(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def _leave_fast_path(module: nn.Module) -> None:
-    # In inference PyTorch's encoder layer hands linear1.weight and linear2.weight to one fused call that knows no
-    # low-rank update. A value of 0 here is its own way to say that the call does not apply.
+    # In inference PyTorch's encoder layer hands linear1.weight and linear2.weight to one fused call that knows neither
+    # updates nor 4 bits. A value of 0 here is its own way to say that the call does not apply.
     if isinstance(module, nn.TransformerEncoderLayer):
-        if isinstance(module.linear1, FusedLoRALinear) or isinstance(module.linear2, FusedLoRALinear):
+        ours = (FusedLoRALinear, NF4Linear)
+        if isinstance(module.linear1, ours) or isinstance(module.linear2, ours):
             module.activation_relu_or_gelu = 0
     elif isinstance(module, nn.TransformerEncoder):
         module.use_nested_tensor = False
 
 
+def output_head(model: Any) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def _is_plain_linear(model: Any, module: nn.Module) -> bool:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return module is not head and (is_linear(module) or isinstance(module, FusedLoRALinear))
+    return module is not output_head(model) and (is_linear(module) or isinstance(module, FusedLoRALinear))
 
 
 def _objection(module: nn.Module, compiled: bool, settings: LoraSettings) -> str | None:
@@ -177,14 +190,24 @@ def _objection(module: nn.Module, compiled: bool, settings: LoraSettings) -> str
             return reason
     elif not is_linear(module):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        return f"is {kind}; expected exactly nn.Linear, Conv1D or nn.Embedding"
+        return f"is {kind}; expected exactly nn.Linear, Conv1D or nn.Embedding, or a linear layer in NF4"
+    return replacement_objection(module, compiled)
+
+
+def replacement_objection(module: Any, compiled: bool) -> str | None:
+    """Why no other module can take the place of this one, which is of a kind that ours can stand for."""
     if is_hooked(module):
         return "has hooks or a forward of its own, which would be lost; remove them first"
     if compiled:
         return "is compiled by itself, and its compiled code would stay; compile after adding"
-    if module.weight.dtype not in FLOATS:
+    if module.weight.dtype not in FLOATS and not is_quantised_linear(module):
         return f"has a weight of {module.weight.dtype}; expected a floating-point dtype"
     return None
+
+
+def compiled_modules(model: nn.Module) -> set[int]:
+    """ids of the modules inside those that torch.compile wraps."""
+    return {id(module._modules["_orig_mod"]) for module in model.modules() if "_orig_mod" in module._modules}
 
 
 def _embedding_objection(embedding: Any, settings: LoraSettings) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from peft_kernels._table import table
 from peft_kernels.formats.peft_config import LoraSettings, checked_settings
 from peft_kernels.nn._layers import flags_kept
-from peft_kernels.nn._merge import merge_all
+from peft_kernels.nn._merge import MergeError, merge_all
+from peft_kernels.nn._quantised import quantised_weights
 from peft_kernels.nn._sites import (
     Site,
     check_open,
@@ -26,10 +27,13 @@ from peft_kernels.nn._sites import (
 )
 from peft_kernels.nn.embedding import FusedLoRAEmbedding, is_embedding
 from peft_kernels.nn.lora import FusedLoRALinear
+from peft_kernels.nn.nf4 import is_quantised_linear
+from peft_kernels.nn.qlora import FusedQLoRALinear
 
 
 class ParameterCount(NamedTuple):
-    """How many parameters require gradients, of how many. A parameter with several names counts once."""
+    """How many parameters require gradients, of how many. A parameter with several names counts once, and the elements
+    of weights in 4 bits count as parameters."""
 
     trainable: int
     total: int
@@ -84,7 +88,9 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
         (trainable, total) in numbers of elements, which prints as one line.
     """
     parameters = list(model.parameters())
-    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+    quantised = {id(q.packed): q.shape.numel() for q in quantised_weights(model)}
+    total = sum(p.numel() for p in parameters) + sum(quantised.values())
+    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), total)
 
 
 def add_lora(
@@ -103,16 +109,22 @@ def add_lora(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     exclude_modules: Iterable[str] | str | None = None,
+    base_quantization: str | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
 ) -> AdapterReport:
     """Puts adapters into a model, in place, and freezes every other parameter.
 
-    Linear layers are replaced by `FusedLoRALinear`, and embeddings, where they are named, by `FusedLoRAEmbedding`.
+    Linear layers are replaced by `FusedLoRALinear`, those in 4 bits (`NF4Linear`, bitsandbytes' `Linear4bit`) by
+    `FusedQLoRALinear`, and embeddings, where they are named, by `FusedLoRAEmbedding`.
 
     Targets are named as in Hugging Face PEFT. A module object that stands in several places is replaced in all of them
-    by one layer. The layers share the weights they replace, so that the model first computes what it did before.
+    by one layer. The layers share the weights they replace, so that the model first computes what it did before; with
+    `base_quantization` it computes with those weights in 4 bits.
 
     Args:
-        model: a model with `nn.Linear`, transformers `Conv1D` or `nn.Embedding` layers; not yet wrapped by DDP or FSDP.
+        model: a model with `nn.Linear`, transformers `Conv1D` or `nn.Embedding` layers, or linear ones in 4 bits; not
+            yet wrapped by DDP or FSDP.
         r: rank of each update, 1 <= r <= 512.
         target_modules: a list of names, each a layer's whole name or the end of it after a dot ("query"); a regular
             expression that fits the whole name; or "all-linear", which leaves out the output embeddings.
@@ -123,6 +135,9 @@ def add_lora(
         rank_pattern: other ranks by regular expression for the name or its end after a dot; the first that fits wins.
         alpha_pattern: the same for lora_alpha.
         exclude_modules: layers to leave alone although they are targets, given as `target_modules`.
+        base_quantization: "nf4" quantises the weights of the linear layers named, and of no others: `quantize_linears`
+            is for those. None leaves them as they are.
+        blocksize, double_quant: of `base_quantization`, as for `FusedQLoRALinear`.
 
     Returns:
         An `AdapterReport` that prints as a table.
@@ -151,6 +166,9 @@ def add_lora(
     )
     if not isinstance(freeze_A, bool):
         raise TypeError(f"{where}: freeze_A is {freeze_A!r}; expected True or False")
+    if base_quantization not in (None, "nf4"):
+        raise ValueError(f"{where}: base_quantization is {base_quantization!r}; expected 'nf4' or None")
+    quantization = {"blocksize": blocksize, "double_quant": double_quant} if base_quantization else None
     sites = find_targets(model, settings, where)
     if train_bias and all(getattr(site.module, "bias", None) is None for site in sites):
         raise ValueError(f"{where}: train_bias is set, but none of the {len(sites)} layers has a bias")
@@ -158,19 +176,29 @@ def add_lora(
     if unused:
         raise ValueError(f"{where}: the pattern {unused[0]!r} fits none of the {len(sites)} layers named")
     skipped = skipped_linears(model) if settings.all_linear else ()
-    install(model, build_layers(sites, settings, [adapter_dtype] * len(sites), freeze_A=freeze_A))
+    dtypes = [adapter_dtype] * len(sites)
+    install(model, build_layers(sites, settings, dtypes, freeze_A=freeze_A, quantization=quantization))
     return report(model, unmatched=_unmatched(settings, sites), skipped=skipped)
 
 
-def merge_adapter(model: nn.Module) -> None:
+def merge_adapter(model: nn.Module, *, requantize: bool = False) -> dict[str, MergeError]:
     """Folds every update of the model into its weight, so that inference costs one matmul a layer.
 
     Weights are set aside, not overwritten: `unmerge_adapter` restores them bit for bit. Merged layers stay as they are.
 
+    Args:
+        model: a model with adapters.
+        requantize: what becomes of weights in 4 bits. False merges them exactly into dense ones, for which memory has
+            to be there; True into 4 bits again, which loses what the result says (see `MergeError`).
+
+    Returns:
+        With `requantize`, the error of each layer in 4 bits by its name; else an empty dict.
+
     Raises:
         ValueError: the model has no adapters, or a merged weight would not be finite; no layer is changed.
     """
-    merge_all({site.name: site.module for site in _some_mergeable(model, "merge_adapter")}, "merge_adapter")
+    modules = {site.name: site.module for site in _some_mergeable(model, "merge_adapter")}
+    return merge_all(modules, "merge_adapter", requantize=requantize)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -184,20 +212,38 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def build_layers(
-    sites: Sequence[Site], settings: LoraSettings, dtypes: Sequence[torch.dtype | None], *, freeze_A: bool = False
+    sites: Sequence[Site],
+    settings: LoraSettings,
+    dtypes: Sequence[torch.dtype | None],
+    *,
+    freeze_A: bool = False,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[nn.Module, nn.Module]:
-    """The layer for each site, not yet in the model. Should one fail, the others' weights are not left frozen."""
+    """The layer for each site, not yet in the model. Should one fail, the others' weights are not left frozen.
+
+    Args:
+        sites, settings, dtypes: where, what, and the dtype of each adapter.
+        freeze_A: as for `FusedLoRALinear`.
+        quantization: options of `FusedQLoRALinear` for linear layers that are dense; None leaves them dense.
+    """
     with flags_kept(site.module for site in sites):
-        return {site.module: _build(site, settings, dtype, freeze_A) for site, dtype in zip(sites, dtypes, strict=True)}
+        return {
+            site.module: _build(site, settings, dtype, freeze_A, quantization)
+            for site, dtype in zip(sites, dtypes, strict=True)
+        }
 
 
-def _build(site: Site, settings: LoraSettings, dtype: torch.dtype | None, freeze_A: bool) -> nn.Module:
+def _build(
+    site: Site, settings: LoraSettings, dtype: torch.dtype | None, freeze_A: bool, quantization: Mapping | None
+) -> nn.Module:
     layer, r, lora_alpha = site.module, settings.rank_of(site.name), settings.alpha_of(site.name)
     if is_embedding(layer):
         return FusedLoRAEmbedding.from_embedding(
             layer, r, lora_alpha=lora_alpha, use_rslora=settings.use_rslora, adapter_dtype=dtype
         )
-    return FusedLoRALinear.from_linear(
+    quantised = quantization is not None or is_quantised_linear(layer)
+    kind = FusedQLoRALinear if quantised else FusedLoRALinear
+    return kind.from_linear(
         layer,
         r,
         lora_alpha=lora_alpha,
@@ -208,6 +254,7 @@ def _build(site: Site, settings: LoraSettings, dtype: torch.dtype | None, freeze
         train_bias=settings.train_bias and layer.bias is not None,
         freeze_A=freeze_A,
         adapter_dtype=dtype,
+        **(quantization or {}),
     )
 
 

@@ -194,8 +194,9 @@ def _check_site(adapter: Adapter, site: Site) -> None:
                     f"{adapter.path}: {part} of {name} has shape {shape_text(shape)}, but the layer is "
                     f"{n} x {k}; expected {shape_text(expected)}"
                 )
-    if layer.weight.is_meta or hasattr(layer.weight, "full_tensor"):
-        kind = "on the meta device" if layer.weight.is_meta else "sharded"
+    is_meta = layer.weight.device.type == "meta"
+    if is_meta or hasattr(layer.weight, "full_tensor"):
+        kind = "on the meta device" if is_meta else "sharded"
         raise ValueError(f"{adapter.path}: {site.name} of the model is {kind}; load the adapter into whole weights")
     if not isinstance(layer, Mergeable):
         return

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_kernels.checks import check_floating, check_probability, check_rank, check_shape, shape_text
+from peft_kernels.checks import check_probability, check_rank, check_shape, shape_text
 from peft_kernels.functional.lora_expert_linear import lora_expert_linear
 from peft_kernels.nn._layers import check_flags, resolve_adapter_dtype, scaling_of
 from peft_kernels.nn._merge import Mergeable, rounded
-
-_NAME = "FusedLoRAExperts"
+from peft_kernels.nn._weights import check_weight, frozen, widened
 
 
 class FusedLoRAExperts(Mergeable):
@@ -67,29 +66,24 @@ class FusedLoRAExperts(Mergeable):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **options))
-        vector = nn.Parameter(torch.empty(num_experts, out_features, **options)) if bias else None
-        bound = 1 / math.sqrt(in_features) if in_features > 0 else 0.0
-        for parameter in (weight, vector):
-            if parameter is not None:
-                nn.init.uniform_(parameter, -bound, bound)  # each expert as nn.Linear
+        weight, vector = new_stack(num_experts, in_features, out_features, bias, device, dtype)
         self._set_up(weight, vector, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
 
     def _set_up(self, weight, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype) -> None:
-        check_floating(_NAME, "weight", weight)
-        check_rank(_NAME, "r", r)
-        check_probability(_NAME, "lora_dropout", lora_dropout)
-        check_flags(_NAME, bias is not None, use_rslora=use_rslora)
+        kind = type(self).__name__
+        check_weight(kind, weight)
+        check_rank(kind, "r", r)
+        check_probability(kind, "lora_dropout", lora_dropout)
+        check_flags(kind, bias is not None, use_rslora=use_rslora)
         options: dict[str, Any] = {
             "device": weight.device,
-            "dtype": resolve_adapter_dtype(_NAME, weight, adapter_dtype),
+            "dtype": resolve_adapter_dtype(kind, weight, adapter_dtype),
         }
         self.num_experts, self.out_features, self.in_features = weight.shape
         self.r, self.lora_dropout = r, float(lora_dropout)
-        self.scaling = scaling_of(_NAME, lora_alpha, r, use_rslora)
+        self.scaling = scaling_of(kind, lora_alpha, r, use_rslora)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
-        self.weight = weight.requires_grad_(False)
+        self._put("weight", frozen(weight))
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
         self.lora_A = nn.Parameter(torch.empty(self.num_experts, r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.num_experts, self.out_features, r, **options))
@@ -124,20 +118,23 @@ class FusedLoRAExperts(Mergeable):
             TypeError: weight or bias is no parameter of a floating-point dtype.
             ValueError: weight has not three dimensions, bias does not fit, or as for the class.
         """
-        for name, parameter in (("weight", weight), ("bias", bias)):
-            if not isinstance(parameter, nn.Parameter) and (name == "weight" or parameter is not None):
-                raise TypeError(f"{_NAME}.from_experts: {name} is {type(parameter).__name__}; expected an nn.Parameter")
-        if weight.ndim != 3:
-            shape = shape_text(weight.shape)
-            raise ValueError(f"{_NAME}.from_experts: weight has shape {shape}; expected (experts, out, in)")
+        check_parameter(cls.__name__, "weight", weight)
+        check_stack(cls.__name__, weight)
         shared = nn.Parameter(weight.detach().mT, requires_grad=False) if is_transposed else weight
+        stack = cls._beside(shared, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        weight.requires_grad_(False)
+        return stack
+
+    @classmethod
+    def _beside(cls, weight: Any, bias: nn.Parameter | None, *settings: Any) -> Any:
+        """A stack with this weight and bias, and `settings` as `_set_up` takes them."""
         if bias is not None:
-            e, n, _ = shared.shape
-            check_shape(_NAME, "bias", bias, (e, n), f"weight has {e} experts and {n} output features")
+            check_parameter(cls.__name__, "bias", bias)
+            e, n, _ = weight.shape
+            check_shape(cls.__name__, "bias", bias, (e, n), f"weight has {e} experts and {n} output features")
         stack = cls.__new__(cls)
         nn.Module.__init__(stack)
-        stack._set_up(shared, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
-        weight.requires_grad_(False)
+        stack._set_up(weight, bias, *settings)
         return stack
 
     @property
@@ -172,10 +169,15 @@ class FusedLoRAExperts(Mergeable):
         scaling, dropout_p = self.scaling, self.lora_dropout
         if self.merged:  # the op has no form without an update; one times 0 costs about r / N of the layer
             lora_A, lora_B, scaling, dropout_p = lora_A.detach(), lora_B.detach(), 0.0, 0.0
+        weight, bias = self._frozen_for(x)
         return lora_expert_linear(
-            x, self.weight, lora_A, lora_B, offsets,
-            scaling=scaling, bias=self.bias, dropout_p=dropout_p, training=self.training,
+            x, weight, lora_A, lora_B, offsets,
+            scaling=scaling, bias=bias, dropout_p=dropout_p, training=self.training,
         )  # fmt: skip
+
+    def _frozen_for(self, x: Tensor) -> tuple[Any, Any]:
+        """The weight and bias that x is multiplied with."""
+        return self.weight, self.bias
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -184,10 +186,11 @@ class FusedLoRAExperts(Mergeable):
         Raises:
             ValueError: a sum is not finite.
         """
-        base = self._unmerged("weight")
-        wide = torch.promote_types(base.dtype, torch.float32)
-        merged = torch.baddbmm(base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
-        return rounded(merged, base.dtype, _NAME)
+        return rounded(self._merged_sum(), self._unmerged("weight").dtype, type(self).__name__)
+
+    def _merged_sum(self) -> Tensor:
+        base = widened(self._unmerged("weight"))
+        return torch.baddbmm(base, self.lora_B.to(base.dtype), self.lora_A.to(base.dtype), alpha=self.scaling)
 
     def _merged_tensors(self) -> dict[str, Tensor]:
         return {"weight": self.merged_weight()}
@@ -198,3 +201,28 @@ class FusedLoRAExperts(Mergeable):
             f"bias={self.bias is not None}, r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}"
             + (", merged" if self.merged else "")
         )
+
+
+def new_stack(
+    num_experts: int, in_features: int, out_features: int, bias: bool, device: Any, dtype: torch.dtype | None
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight [num_experts, out_features, in_features] and bias, each expert's as `nn.Linear` starts them."""
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **options))
+    vector = nn.Parameter(torch.empty(num_experts, out_features, **options)) if bias else None
+    bound = 1 / math.sqrt(in_features) if in_features > 0 else 0.0
+    for parameter in (weight, vector):
+        if parameter is not None:
+            nn.init.uniform_(parameter, -bound, bound)
+    return weight, vector
+
+
+def check_stack(module: str, weight: Any) -> None:
+    if len(weight.shape) != 3:
+        shape = shape_text(weight.shape)
+        raise ValueError(f"{module}.from_experts: weight has shape {shape}; expected (experts, out, in)")
+
+
+def check_parameter(module: str, name: str, value: Any) -> None:
+    if not isinstance(value, nn.Parameter):
+        raise TypeError(f"{module}.from_experts: {name} is {type(value).__name__}; expected an nn.Parameter")

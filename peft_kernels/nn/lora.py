@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_kernels import functional
-from peft_kernels.checks import check_floating, check_probability, check_rank
+from peft_kernels.checks import check_probability, check_rank
 from peft_kernels.functional import lora_linear
-from peft_kernels.nn._dora import WeightNorms, row_norm
-from peft_kernels.nn._layers import check_flags, resolve_adapter_dtype, scaling_of
+from peft_kernels.nn._dora import WeightNorms
+from peft_kernels.nn._layers import check_flags, is_conv1d, resolve_adapter_dtype, scaling_of
 from peft_kernels.nn._merge import Mergeable, rounded
-
-_NAME = "FusedLoRALinear"
+from peft_kernels.nn._weights import check_weight, frozen, row_norm, widened
 
 
 class FusedLoRALinear(Mergeable):
@@ -100,18 +99,19 @@ class FusedLoRALinear(Mergeable):
         self, weight, bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora, lora_bias, train_bias,
         freeze_A,
     ) -> None:  # fmt: skip
-        check_floating(_NAME, "weight", weight)
-        check_rank(_NAME, "r", r)
-        check_probability(_NAME, "lora_dropout", lora_dropout)
+        kind = type(self).__name__
+        check_weight(kind, weight)
+        check_rank(kind, "r", r)
+        check_probability(kind, "lora_dropout", lora_dropout)
         check_flags(
-            _NAME, bias is not None, use_rslora=use_rslora, use_dora=use_dora, lora_bias=lora_bias,
+            kind, bias is not None, use_rslora=use_rslora, use_dora=use_dora, lora_bias=lora_bias,
             train_bias=train_bias, freeze_A=freeze_A,
         )  # fmt: skip
         self.out_features, self.in_features = weight.shape
         self.r, self.lora_dropout = r, float(lora_dropout)
         self._set_scaling(lora_alpha, use_rslora)
-        options = {"device": weight.device, "dtype": resolve_adapter_dtype(_NAME, weight, adapter_dtype)}
-        self.weight = weight.requires_grad_(False)
+        options = {"device": weight.device, "dtype": resolve_adapter_dtype(kind, weight, adapter_dtype)}
+        self._put("weight", frozen(weight))
         self.register_parameter("bias", None if bias is None else bias.requires_grad_(train_bias))
         self.train_bias, self.freeze_A = train_bias, freeze_A
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options), requires_grad=not freeze_A)
@@ -125,7 +125,7 @@ class FusedLoRALinear(Mergeable):
 
     def _set_scaling(self, lora_alpha: float, use_rslora: bool) -> None:
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
-        self.scaling = scaling_of(_NAME, lora_alpha, self.r, use_rslora)
+        self.scaling = scaling_of(type(self).__name__, lora_alpha, self.r, use_rslora)
 
     @classmethod
     def from_linear(
@@ -156,15 +156,20 @@ class FusedLoRALinear(Mergeable):
                 is not floating-point.
             ValueError: as for the class.
         """
-        weight = _weight_of(linear)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._set_up(
-            weight, linear.bias, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora, lora_bias,
-            train_bias, freeze_A,
+        layer = cls._beside(
+            linear, _weight_of(cls.__name__, linear), r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora,
+            lora_bias, train_bias, freeze_A,
         )  # fmt: skip
         linear.weight.requires_grad_(False)
-        layer.fan_in_fan_out = weight is not linear.weight
+        return layer
+
+    @classmethod
+    def _beside(cls, linear: Any, weight: Any, *settings: Any) -> Any:
+        """A layer with this weight, the bias of `linear`, and `settings` as `_set_up` takes them."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set_up(weight, linear.bias, *settings)
+        layer.fan_in_fan_out = is_conv1d(linear)
         return layer.train(linear.training)
 
     @property
@@ -208,9 +213,12 @@ class FusedLoRALinear(Mergeable):
             return self._forward(x, token_mask)
         held: dict[str, Any] = self._parameters  # looked up here: nn.Module's attribute access costs 2 µs a parameter
         try:
-            weight, bias, lora_A, lora_B = held["weight"], held["bias"], held["lora_A"], held["lora_B"]
+            bias, lora_A, lora_B = held["bias"], held["lora_A"], held["lora_B"]
         except KeyError:  # parametrised or sharded: the attributes compute or hold the tensors
-            weight, bias, lora_A, lora_B = self.weight, self.bias, self.lora_A, self.lora_B
+            bias, lora_A, lora_B = self.bias, self.lora_A, self.lora_B
+        weight = held.get("weight")
+        if weight is None:  # of 4 bits, or as above
+            weight = self.weight
         return lora_linear(
             x, weight, lora_A, lora_B,
             scaling=self.scaling, bias=bias, dropout_p=self.lora_dropout, training=self.training,
@@ -220,9 +228,9 @@ class FusedLoRALinear(Mergeable):
         """What is not plain LoRA; decided when the layer is made or merged, so that plain LoRA does not pay for it."""
         if token_mask is not None and (self.merged or self.use_dora):
             state = "merged, so that the update is part of the weight" if self.merged else "a layer with DoRA"
-            raise ValueError(f"{_NAME}: token_mask is given, but the layer is {state}; expected None")
+            raise ValueError(f"{type(self).__name__}: token_mask is given, but the layer is {state}; expected None")
         if self.merged:
-            return F.linear(x, self.weight, self.bias)
+            return self._merged_linear(x)
         options: dict[str, Any] = {
             "scaling": self.scaling, "bias": self.bias, "dropout_p": self.lora_dropout, "training": self.training,
         }  # fmt: skip
@@ -231,6 +239,9 @@ class FusedLoRALinear(Mergeable):
             return lora_linear(x, weight, lora_A, lora_B, lora_bias=self.lora_bias, token_mask=token_mask, **options)
         norm = self._norms.of(weight, lora_A, lora_B, self.scaling, self.training)
         return functional.dora_linear(x, weight, lora_A, lora_B, magnitude, weight_norm=norm, **options)
+
+    def _merged_linear(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
     def _merge_changed(self) -> None:
         self._lean = not self.merged and not self.use_dora and self.lora_bias is None
@@ -243,12 +254,15 @@ class FusedLoRALinear(Mergeable):
         Raises:
             ValueError: the sum is not finite.
         """
-        base = self._unmerged("weight")
-        wide = torch.promote_types(base.dtype, torch.float32)
-        merged = torch.addmm(base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
+        return rounded(self._merged_sum(), self._unmerged("weight").dtype, type(self).__name__)
+
+    def _merged_sum(self) -> Tensor:
+        base = widened(self._unmerged("weight"))
+        wide = base.dtype
+        merged = torch.addmm(base, self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
         if self.lora_magnitude_vector is not None:
             merged *= (self.lora_magnitude_vector.to(wide) / row_norm(merged)).unsqueeze(1)
-        return rounded(merged, base.dtype, _NAME)
+        return merged
 
     @torch.no_grad()
     def merged_bias(self) -> Tensor | None:
@@ -263,11 +277,14 @@ class FusedLoRALinear(Mergeable):
         dtype = self.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         shift = self.scaling * self.lora_bias.to(wide)
-        return rounded(shift if bias is None else bias.to(wide) + shift, dtype, _NAME, "bias")
+        return rounded(shift if bias is None else bias.to(wide) + shift, dtype, type(self).__name__, "bias")
 
     def _merged_tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.merged_weight(), **self._merged_vectors()}
+
+    def _merged_vectors(self) -> dict[str, Tensor]:
         bias = self.merged_bias() if self.lora_bias is not None else None
-        return {"weight": self.merged_weight()} | ({} if bias is None else {"bias": bias})
+        return {} if bias is None else {"bias": bias}
 
     def to_linear(self) -> nn.Linear:
         """A new, plain `nn.Linear` with the merged weight and bias, not requiring gradients.
@@ -280,7 +297,7 @@ class FusedLoRALinear(Mergeable):
             linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
         linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
         if bias is not None:
-            linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+            linear.bias = nn.Parameter(bias.detach().to(linear.weight.dtype, copy=True), requires_grad=False)
         return linear.train(self.training)
 
     def train(self, mode: bool = True) -> FusedLoRALinear:
@@ -307,19 +324,14 @@ class FusedLoRALinear(Mergeable):
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `from_linear` takes the module. A subclass may compute something else, so it is none."""
-    return type(module) is nn.Linear or _is_conv1d(module)
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
-def _weight_of(linear: Any) -> nn.Parameter:
+def _weight_of(name: str, linear: Any) -> nn.Parameter:
     if not is_linear(linear):
         kind = type(linear)
         raise TypeError(
-            f"{_NAME}.from_linear: got {kind.__module__}.{kind.__qualname__}; "
+            f"{name}.from_linear: got {kind.__module__}.{kind.__qualname__}; "
             "expected exactly torch.nn.Linear or transformers' Conv1D"
         )
-    return nn.Parameter(linear.weight.detach().t(), requires_grad=False) if _is_conv1d(linear) else linear.weight
+    return nn.Parameter(linear.weight.detach().t(), requires_grad=False) if is_conv1d(linear) else linear.weight
