@@ -11,6 +11,8 @@ from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
 
 from peft_kernels import functional
+from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.integrations._peft_nf4 import changes, input_of, output_for
 from peft_kernels.integrations._peft_objections import PLAIN, full_name, has_hooks
 
 _CACHE = "peft_kernels-weight-norm"
@@ -27,10 +29,11 @@ class Dora(NamedTuple):
 
     def output(self, x: Tensor) -> Tensor:
         weight, bias, lora_A, lora_B, _, scaling, dropout_p = self.plain
-        return functional.dora_linear(
-            x, weight, lora_A, lora_B, self.magnitude, scaling=scaling, bias=bias, dropout_p=dropout_p,
-            weight_norm=self._weight_norm(),
+        y = functional.dora_linear(
+            input_of(weight, x), weight, lora_A, lora_B, self.magnitude, scaling=scaling, bias=bias,
+            dropout_p=dropout_p, weight_norm=self._weight_norm(),
         )  # fmt: skip
+        return output_for(x, weight, y)
 
     def _weight_norm(self) -> Tensor:
         weight, _, lora_A, lora_B, _, scaling, _ = self.plain
@@ -59,15 +62,23 @@ class Norms:
         """For changes that tensors do not count: those through `.data`, as merging makes them."""
         self._key = self._squared = None
 
-    def squared(self, weight: Tensor) -> Tensor | None:
+    def squared(self, weight: Tensor | NF4Weight) -> Tensor | None:
         """[N], or None where it has to be computed with the norm itself."""
-        frozen = type(weight) is Parameter or type(weight._base) is Parameter  # also the transposed one of a Conv1D
-        if not frozen or weight.requires_grad or torch.compiler.is_compiling() or _is_transient(weight):
+        if torch.compiler.is_compiling():
             return None
-        key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device, _stream(weight))
+        if isinstance(weight, NF4Weight):
+            memory = weight.packed
+        else:
+            memory = weight
+            frozen = type(weight) is Parameter or type(weight._base) is Parameter  # also the transposed one of a Conv1D
+            if not frozen or weight.requires_grad:
+                return None
+        if _is_transient(memory):
+            return None
+        key = (memory.data_ptr(), changes(weight), weight.shape, weight.dtype, weight.device, _stream(memory))
         if key != self._key:
             n, k = weight.shape
-            nothing = weight.new_zeros(1, k), weight.new_zeros(n, 1)
+            nothing = memory.new_zeros(1, k, dtype=weight.dtype), memory.new_zeros(n, 1, dtype=weight.dtype)
             self._squared, self._key = functional.dora_weight_norm(weight, *nothing).square_(), key
         return self._squared
 

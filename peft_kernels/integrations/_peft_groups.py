@@ -16,12 +16,16 @@ import logging
 import operator
 import threading
 import weakref
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peft_kernels import functional
+from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.integrations._peft_nf4 import Quantised, changes, input_of, output_for
+from peft_kernels.integrations._peft_objections import QUANTISED
 from peft_kernels.integrations._peft_operands import Several, operands
 from peft_kernels.integrations._peft_source import plain_class, shared_inputs
 from peft_kernels.integrations.report import Block, Calls
@@ -31,6 +35,11 @@ logger = logging.getLogger("peft_kernels")
 # Multiply-adds of one projection below which, on a CPU, the hand-over takes longer than sharing a pass over x saves:
 # measured with one thread, q/k/v at 64 x 256 x 256 took 1.07 of the time of three layers, at 512 x 1024 x 1024 0.97.
 SMALL_ON_CPU = 1 << 25
+
+
+# Operands of one plain adapter, over a dense weight or one of 4 bits.
+SINGLE = (tuple, Quantised)
+GROUPABLE = (*SINGLE, Several)
 
 
 class Group:
@@ -160,7 +169,7 @@ def _start(group: Group, first: int, layer: nn.Module, x: Tensor, found: Any) ->
 
 
 def _groupable(part: Any, first: Any, x: Tensor) -> bool:
-    if type(part) is tuple:
+    if type(part) in SINGLE:
         weight, _, lora_A, _, lora_bias, _, _ = part
         if lora_bias is not None:
             return False
@@ -168,8 +177,12 @@ def _groupable(part: Any, first: Any, x: Tensor) -> bool:
         weight, lora_A = part.weight, part.lora_As[0]
     else:
         return False
-    dtype = first[2].dtype if type(first) is tuple else first.lora_As[0].dtype
-    return lora_A.dtype == dtype and weight.device == x.device and not weight.is_inference()
+    dtype = first[2].dtype if type(first) in SINGLE else first.lora_As[0].dtype
+    if lora_A.dtype != dtype or weight.device != x.device:
+        return False
+    if type(weight) is NF4Weight or type(first[0]) is NF4Weight:
+        return weight.dtype == first[0].dtype  # the dtype of the computation, of which x may be another
+    return not weight.is_inference()
 
 
 def _compute(x: Tensor, parts: list) -> tuple[Tensor, ...]:
@@ -182,9 +195,10 @@ def _compute(x: Tensor, parts: list) -> tuple[Tensor, ...]:
         lora_Bs.append(lora_B)
         scalings.append(scaling)
         dropout_ps.append(dropout_p)
-    return functional.lora_linear_group(
-        x, weights, lora_As, lora_Bs, scalings=scalings, biases=biases, dropout_p=dropout_ps
+    ys = functional.lora_linear_group(
+        input_of(weights[0], x), weights, lora_As, lora_Bs, scalings=scalings, biases=biases, dropout_p=dropout_ps
     )
+    return tuple(output_for(x, weights[0], y) for y in ys)
 
 
 def _context(x: Tensor) -> tuple:
@@ -197,11 +211,13 @@ def _context(x: Tensor) -> tuple:
 
 def _state(part: Any) -> tuple:
     """What may change about the operands while they stay the same objects."""
-    if type(part) is tuple:  # at every call of every member, so without a loop
+    if type(part) in SINGLE:  # at every call of every member, so without a loop
         weight, bias, lora_A, lora_B, _, _, _ = part
-        changes = weight._version + lora_A._version + lora_B._version + (0 if bias is None else bias._version)
-        return changes, weight.requires_grad, lora_A.requires_grad, lora_B.requires_grad
-    tensors = (part.weight, *part.lora_As, *part.lora_Bs, *(() if part.bias is None else (part.bias,)))
+        count = changes(weight) + lora_A._version + lora_B._version + (0 if bias is None else bias._version)
+        trained = type(weight) is not NF4Weight and weight.requires_grad
+        return count, trained, lora_A.requires_grad, lora_B.requires_grad
+    weights = (part.weight,) if isinstance(part.weight, Tensor) else part.weight.tensors
+    tensors = (*weights, *part.lora_As, *part.lora_Bs, *(() if part.bias is None else (part.bias,)))
     return tuple((tensor._version, tensor.requires_grad) for tensor in tensors)
 
 
@@ -209,15 +225,15 @@ def _same(part: Any, other: Any) -> bool:
     """Whether two operands hold the same objects."""
     if type(part) is Several and type(other) is Several:
         return len(part.lora_As) == len(other.lora_As) and all(map(operator.is_, _flat(part), _flat(other)))
-    return type(part) is type(other) is tuple and all(map(operator.is_, part, other))
+    return type(part) is type(other) and type(part) in SINGLE and all(map(operator.is_, part, other))
 
 
 def _flat(part: Several) -> tuple:
     return part.weight, part.bias, *part.lora_As, *part.lora_Bs, *part.scalings, *part.dropout_ps
 
 
-def form(model: nn.Module, fused: type[Any], calls: Calls) -> list[Block]:
-    """Makes groups of the layers of type `fused`, and says which of them hold together as the layers are now."""
+def form(model: nn.Module, fused: Container[type], calls: Calls) -> list[Block]:
+    """Makes groups of the layers of types `fused`, and says which of them hold together as the layers are now."""
     blocks = []
     for name, parent in model.named_modules():
         if "forward" in parent.__dict__:
@@ -227,7 +243,7 @@ def form(model: nn.Module, fused: type[Any], calls: Calls) -> list[Block]:
             members = {
                 label: child
                 for label, child in children.items()
-                if type(child) is fused and type(child.base_layer) is nn.Linear
+                if type(child) in fused and type(child.base_layer) in (nn.Linear, *QUANTISED)
             }
             if len(members) < 2 or len({child.in_features for child in members.values()}) > 1:
                 continue

@@ -1,4 +1,4 @@
-"""PEFT's `lora.Linear` with a `forward` that computes the whole layer at once."""
+"""PEFT's linear LoRA layers with a `forward` that computes the whole layer at once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
+from peft.import_utils import is_bnb_4bit_available
 from peft.tuners.lora.layer import Linear
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_kernels import functional
-from peft_kernels.integrations._peft_groups import Place
-from peft_kernels.integrations._peft_operands import NOTHING_TO_FUSE, Several, operands
+from peft_kernels.integrations._peft_groups import GROUPABLE, Place
+from peft_kernels.integrations._peft_operands import NOTHING_TO_FUSE, operands
 from peft_kernels.integrations.report import Calls
 
 logger = logging.getLogger("peft_kernels")
@@ -25,11 +26,8 @@ class Site(NamedTuple):
     calls: Calls
 
 
-class FusedPeftLinear(Linear):
-    """PEFT's `lora.Linear` with a `forward` that calls `peft_kernels.functional` where that computes the same.
-
-    Made by `accelerate`, which changes the class of an existing layer; all state is PEFT's own.
-    """
+class FusedLinear(nn.Module):
+    """Mixed into PEFT's classes of linear layers, before them."""
 
     _peft_kernels = Site("a layer", Calls())
     _peft_kernels_place: Place | None = None
@@ -37,7 +35,7 @@ class FusedPeftLinear(Linear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As PEFT's: x [..., in_features] to [..., out_features]. What has no meaning here goes to PEFT's own code."""
         found = _with_arguments(self, x, args, kwargs) if args or kwargs else operands(self, x)
-        if self._peft_kernels_place is not None and type(found) in (tuple, Several) and type(self) is FusedPeftLinear:
+        if self._peft_kernels_place is not None and type(found) in GROUPABLE and type(self) in LINEARS:
             y = self._peft_kernels_place.output(self, x, found)
             if y is not None:
                 return y
@@ -48,7 +46,7 @@ class FusedPeftLinear(Linear):
             )
         if isinstance(found, str):
             record(self, found)
-            return Linear.forward(self, x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)
         return found.output(x)
 
     def __setstate__(self, state: dict) -> None:
@@ -58,29 +56,52 @@ class FusedPeftLinear(Linear):
 
     def merge(self, *args, **kwargs) -> None:
         """As PEFT's."""
-        self._forget_norms()
-        super().merge(*args, **kwargs)
+        self._forget()
+        super().merge(*args, **kwargs)  # type: ignore[misc]
 
     def unmerge(self) -> None:
         """As PEFT's."""
-        self._forget_norms()
-        super().unmerge()
+        self._forget()
+        super().unmerge()  # type: ignore[misc]
 
     def _apply(self, *args, **kwargs):
-        self._forget_norms()
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._forget_norms()
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _forget_norms(self) -> None:
-        norms = self.__dict__.get("_peft_kernels_norms")
-        if norms is not None:
-            norms.forget()
+    def _forget(self) -> None:
+        for name in ("_peft_kernels_norms", "_peft_kernels_stored"):
+            kept = self.__dict__.get(name)
+            if kept is not None:
+                kept.forget()
+
+
+class FusedPeftLinear(FusedLinear, Linear):
+    """PEFT's `lora.Linear` with a `forward` that calls `peft_kernels.functional` where that computes the same.
+
+    Made by `accelerate`, which changes the class of an existing layer; all state is PEFT's own.
+    """
 
     def _get_name(self) -> str:
         return "Linear"  # so that repr says `lora.Linear`, as PEFT's
+
+
+LINEARS: dict[type, Any] = {FusedPeftLinear: Linear}
+"""The fused classes -> PEFT's own."""
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class FusedPeftLinear4bit(FusedLinear, Linear4bit):
+        """PEFT's `lora.bnb.Linear4bit`, as `FusedPeftLinear`. The weight is multiplied from its 4 bits."""
+
+        def _get_name(self) -> str:
+            return "Linear4bit"
+
+    LINEARS[FusedPeftLinear4bit] = Linear4bit
 
 
 def arguments_objection(args: tuple, kwargs: dict) -> str | None:
@@ -91,7 +112,7 @@ def arguments_objection(args: tuple, kwargs: dict) -> str | None:
     return None
 
 
-def _with_arguments(layer: FusedPeftLinear, x: Tensor, args: tuple, kwargs: dict) -> Any:
+def _with_arguments(layer: FusedLinear, x: Tensor, args: tuple, kwargs: dict) -> Any:
     return arguments_objection(args, kwargs) or operands(layer, x, kwargs["alora_offsets"])
 
 

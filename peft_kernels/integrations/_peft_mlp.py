@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import activations
 
 from peft_kernels import functional
-from peft_kernels.integrations._peft_groups import is_small
-from peft_kernels.integrations._peft_linear import FusedPeftLinear
-from peft_kernels.integrations._peft_objections import PLAIN, full_name, has_hooks, is_fsdp
+from peft_kernels.integrations._peft_groups import SINGLE, is_small
+from peft_kernels.integrations._peft_linear import LINEARS
+from peft_kernels.integrations._peft_nf4 import input_of, output_for
+from peft_kernels.integrations._peft_objections import PLAIN, QUANTISED, full_name, has_hooks, is_fsdp
 from peft_kernels.integrations._peft_operands import Several, operands
 from peft_kernels.integrations._peft_source import Gated, gated_mlp, plain_class
 from peft_kernels.integrations.report import Block
@@ -34,11 +35,13 @@ class FusedGatedMLP(nn.Module):
         if found is None:
             return super().forward(*args, **kwargs)
         activation, parts = found
+        (x,) = args
         weights, biases, lora_As, lora_Bs, scalings, dropout_ps = zip(*parts, strict=True)
-        return functional.lora_swiglu_mlp(
-            args[0], weights, lora_As, lora_Bs, scalings=scalings, biases=biases, activation=activation,
-            dropout_p=dropout_ps,
+        y = functional.lora_swiglu_mlp(
+            input_of(weights[0], x), weights, lora_As, lora_Bs, scalings=scalings, biases=biases,
+            activation=activation, dropout_p=dropout_ps,
         )  # fmt: skip
+        return output_for(x, weights[0], y)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # This class has no name by which it could be found again.
@@ -97,9 +100,12 @@ def restore_mlps(model: nn.Module) -> None:
 
 def _lasting(module: nn.Module, roles: Gated) -> bool:
     layers: list[Any] = [module._modules.get(role) for role in (roles.gate, roles.up, roles.down)]
-    adapted = [layer for layer in layers if type(layer) is FusedPeftLinear]
-    bases = [layer.base_layer if type(layer) is FusedPeftLinear else layer for layer in layers]
-    return bool(adapted) and all(type(base) is nn.Linear for base in bases) and _activation(module, roles) is not None
+    fits = [
+        type(layer.base_layer) in (nn.Linear, *QUANTISED) if type(layer) in LINEARS else type(layer) is nn.Linear
+        for layer in layers
+    ]
+    adapted = any(type(layer) in LINEARS for layer in layers)
+    return adapted and all(fits) and _activation(module, roles) is not None
 
 
 def _activation(module: nn.Module, roles: Gated) -> str | None:
@@ -124,7 +130,7 @@ def _operands(module: FusedGatedMLP, x: Tensor) -> tuple[str, list[tuple]] | Non
         return None
     parts = []
     for role in (roles.gate, roles.up, roles.down):
-        part = _part(children[role], None if role == roles.down else x)
+        part = _part(children[role], x)
         if part is None:
             return None
         parts.append(part)
@@ -139,19 +145,20 @@ def _operands(module: FusedGatedMLP, x: Tensor) -> tuple[str, list[tuple]] | Non
     return activation, parts
 
 
-def _part(layer: Any, x: Tensor | None) -> tuple | None:
+def _part(layer: Any, x: Tensor) -> tuple | None:
+    """Of one layer. Those of down follow from x too: its input has x's dtype, whatever its shape."""
     if has_hooks(layer):
         return None
     if type(layer) is nn.Linear:
         weight, bias = layer.weight, layer.bias
-        fits = type(weight) in PLAIN and (x is None or x.dtype == weight.dtype or _autocast(x))
+        fits = type(weight) in PLAIN and (x.dtype == weight.dtype or _autocast(x))
         return (weight, bias, None, None, None, None) if fits else None
-    if type(layer) is not FusedPeftLinear:
+    if type(layer) not in LINEARS:
         return None
     found = operands(layer, x)
     if type(found) is Several:
         return tuple(found)
-    if type(found) is not tuple or found[4] is not None:  # an adapter with a bias
+    if type(found) not in SINGLE or found[4] is not None:  # an adapter with a bias
         return None
     weight, bias, lora_A, lora_B, _, scaling, dropout_p = found
     return weight, bias, lora_A, lora_B, scaling, dropout_p

@@ -1,4 +1,4 @@
-"""What a `lora.Linear` of Hugging Face PEFT computes for a call: its operands, or why PEFT's own code has to run.
+"""What a linear LoRA layer of Hugging Face PEFT computes for a call: its operands, or why PEFT's own code has to run.
 
 PEFT computes base(x) + s · B(A(drop(x))) by calling the layer's children. Reading the children's tensors instead is the
 same only as long as calling them would do nothing else. That can change at any time (hooks, parallelism wrappers,
@@ -23,11 +23,15 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_kernels import functional
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.integrations._peft_dora import dora_operands
+from peft_kernels.integrations._peft_nf4 import Quantised, input_of, output_for, quantised
 from peft_kernels.integrations._peft_objections import (
     BASES,
     DROPOUTS,
     PLAIN,
+    QUANTISED,
+    dropout_probability,
     has_global_hook,
     hook_objection,
     in_transform,
@@ -52,7 +56,7 @@ NOTHING_TO_FUSE = frozenset((DISABLED, MERGED, NOT_HERE))
 class Several(NamedTuple):
     """Operands of a layer whose active adapters are added up: one entry of each sequence for each adapter."""
 
-    weight: Tensor
+    weight: Tensor | NF4Weight
     bias: Tensor | None
     lora_As: tuple[Tensor, ...]
     lora_Bs: tuple[Tensor, ...]
@@ -61,10 +65,10 @@ class Several(NamedTuple):
 
     def output(self, x: Tensor) -> Tensor:
         (y,) = functional.lora_linear_group(
-            x, (self.weight,), (self.lora_As,), (self.lora_Bs,), scalings=(self.scalings,), biases=(self.bias,),
-            dropout_p=(self.dropout_ps,),
+            input_of(self.weight, x), (self.weight,), (self.lora_As,), (self.lora_Bs,), scalings=(self.scalings,),
+            biases=(self.bias,), dropout_p=(self.dropout_ps,),
         )  # fmt: skip
-        return y
+        return output_for(x, self.weight, y)
 
 
 class Activated(NamedTuple):
@@ -75,6 +79,12 @@ class Activated(NamedTuple):
 
     def output(self, x: Tensor) -> Tensor:
         weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p = self.plain
+        if type(self.plain) is Quantised:
+            (y,) = functional.lora_linear_group(
+                input_of(weight, x), (weight,), (lora_A,), (lora_B,), scalings=scaling, biases=(bias,),
+                dropout_p=dropout_p, token_mask=self.token_mask,
+            )  # fmt: skip
+            return output_for(x, weight, y)
         return functional.lora_linear(
             x, weight, lora_A, lora_B, scaling=scaling, bias=bias, lora_bias=lora_bias, dropout_p=dropout_p,
             token_mask=self.token_mask,
@@ -86,7 +96,8 @@ def operands(layer: Any, x: Tensor | None, alora_offsets: Sequence[int | None] |
 
     Returns:
         (weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p), the arguments of `lora_linear`, for one plain
-        adapter; an object with a method `output(x)` for everything else that can be fused; or a reason, as a string.
+        adapter over a dense weight; an object with a method `output(x)` for everything else that can be fused; or a
+        reason, as a string.
     """
     if layer._disable_adapters:
         return DISABLED
@@ -107,12 +118,12 @@ def operands(layer: Any, x: Tensor | None, alora_offsets: Sequence[int | None] |
 
 
 def _single(layer: Any, x: Tensor | None, name: str) -> tuple | str:
-    """The operands with one adapter, whatever the others are."""
+    """The operands with one adapter (`Quantised` over a 4-bit weight), whatever the others are."""
     children = layer._modules
     base, a, b = children["base_layer"], children["lora_A"]._modules[name], children["lora_B"]._modules[name]
     dropout = children["lora_dropout"]._modules[name]
     if (type(base), type(a), type(b), type(dropout)) not in _FUSIBLE:
-        return type_objection(base, a, b, dropout)
+        return quantised(layer, x, name) if type(base) in QUANTISED else type_objection(base, a, b, dropout)
     for child in (base, a, b, dropout):
         state = child.__dict__
         if (
@@ -147,11 +158,9 @@ def _single(layer: Any, x: Tensor | None, name: str) -> tuple | str:
         return tensor_objection(weight, bias, lora_A, lora_B, lora_bias, scaling)
     if x is not None and (type(x) not in PLAIN or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type))):
         return input_objection(x, weight)
-    dropout_p = 0.0
-    if type(dropout) is nn.Dropout and dropout.training:
-        if dropout.inplace:
-            return "lora_dropout works in place"
-        dropout_p = dropout.p
+    dropout_p = dropout_probability(dropout)
+    if isinstance(dropout_p, str):
+        return dropout_p
     return weight.t() if type(base) is Conv1D else weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p
 
 
@@ -192,6 +201,8 @@ def _is_plain_lora(variant: object | None) -> bool:
 def _activated(plain: tuple | str, x: Tensor | None, offsets: Sequence[int | None] | None) -> Activated | str:
     if isinstance(plain, str):
         return plain
+    if type(plain) is Quantised and plain.lora_bias is not None:
+        return "activated LoRA with a bias (lora_bias) over a quantised weight"
     if x is None:
         return Activated(plain, None)
     if x.ndim not in (2, 3) or (offsets is not None and len(offsets) != x.shape[0]):

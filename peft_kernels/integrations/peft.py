@@ -1,6 +1,6 @@
 """`accelerate` and `restore` for Hugging Face PEFT's LoRA layers, by changing their class in place.
 
-`_peft_operands.py` says what a layer computes, `_peft_linear.py` and `_peft_embedding.py` are the layers,
+`_peft_operands.py` says what a layer computes (`_peft_nf4.py` over 4-bit weights), `_peft_linear.py` and `_peft_embedding.py` are the layers,
 `_peft_groups.py` computes layers that share their input together, `_peft_mlp.py` whole feed-forward blocks.
 """
 
@@ -14,23 +14,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
+from peft.tuners.lora.layer import Embedding, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_kernels import parity
 from peft_kernels.integrations._peft_embedding import FusedPeftEmbedding, base_objection, embedding_operands
 from peft_kernels.integrations._peft_groups import form
-from peft_kernels.integrations._peft_linear import FusedPeftLinear, Site
+from peft_kernels.integrations._peft_linear import LINEARS, Site
+from peft_kernels.integrations._peft_linear import FusedPeftLinear as FusedPeftLinear
 from peft_kernels.integrations._peft_mlp import fuse_mlps, restore_mlps
-from peft_kernels.integrations._peft_objections import BASES, full_name, is_fsdp, type_objection
+from peft_kernels.integrations._peft_objections import BASES, QUANTISED, full_name, is_fsdp, type_objection
 from peft_kernels.integrations._peft_operands import operands
 from peft_kernels.integrations.report import Block, Calls, Report, Row
 
 logger = logging.getLogger("peft_kernels")
 
-FUSED: dict[type, Any] = {Linear: FusedPeftLinear, Embedding: FusedPeftEmbedding}
-PLAIN: dict[type, Any] = {fused: plain for plain, fused in FUSED.items()}
+PLAIN: dict[type, Any] = {**LINEARS, FusedPeftEmbedding: Embedding}
+FUSED: dict[type, Any] = {plain: fused for fused, plain in PLAIN.items()}
 
 
 def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -> Report:
@@ -65,7 +66,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
 def _together(model: nn.Module, calls: Calls) -> tuple[Block, ...]:
     """What is computed in one: whole feed-forward blocks, and elsewhere the layers that share an input. The latter are
     prepared in feed-forward blocks as well, for calls that need the block's own forward."""
-    groups, mlps = form(model, FusedPeftLinear, calls), fuse_mlps(model)
+    groups, mlps = form(model, LINEARS, calls), fuse_mlps(model)
     whole = {block.module for block in mlps}
     return (*(block for block in groups if block.module not in whole), *mlps)
 
@@ -84,7 +85,7 @@ def restore(model: nn.Module) -> int:
     for layer in layers.values():
         fused, plain = type(layer), PLAIN[type(layer)]
         layer.__class__ = plain
-        for name in ("_peft_kernels", "_peft_kernels_place", "_peft_kernels_norms"):
+        for name in ("_peft_kernels", "_peft_kernels_place", "_peft_kernels_norms", "_peft_kernels_stored"):
             layer.__dict__.pop(name, None)
         # accelerate's hooks keep the method that they replaced.
         old = layer.__dict__.get("_old_forward")
@@ -107,12 +108,12 @@ def _lasting_objection(layer: Any) -> str | None:
             if isinstance(layer, ParamWrapper):
                 return f"the layer is a {name} (target_parameters), whose module reads W + s B A itself"
             when = "; call accelerate before fully_shard" if is_fsdp(layer) else ""
-            return f"the layer is a {name}, not exactly PEFT's lora.Linear or lora.Embedding{when}"
+            return f"the layer is a {name}, not exactly PEFT's lora.Linear, lora.bnb.Linear4bit or lora.Embedding{when}"
         if "forward" in layer.__dict__:
             return "the forward of the layer is replaced; call accelerate before whatever replaces it"
     if isinstance(layer, Embedding):
         return base_objection(layer.base_layer)
-    if type(layer.base_layer) not in BASES:
+    if type(layer.base_layer) not in (*BASES, *QUANTISED):
         return type_objection(layer.base_layer, None, None, None)
     return None
 
@@ -141,6 +142,12 @@ def _fallen_back(layers: dict[str, Any]) -> dict[str, int]:
 
 @contextmanager
 def _plain(layers: dict[str, Any]) -> Iterator[None]:
+    bases = [layer.base_layer for layer in layers.values() if type(layer.base_layer) in QUANTISED]
+    repacking = [(base, base.support_avx512bf16_for_cpu) for base in bases]
+    for base in bases:
+        base.support_avx512bf16_for_cpu = (
+            False  # evaluated on such a CPU, bitsandbytes would repack the weight for good
+        )
     for layer in layers.values():
         layer.__class__ = PLAIN[type(layer)]
     try:
@@ -148,6 +155,8 @@ def _plain(layers: dict[str, Any]) -> Iterator[None]:
     finally:
         for layer in layers.values():
             layer.__class__ = FUSED[type(layer)]
+        for base, before in repacking:
+            base.support_avx512bf16_for_cpu = before
 
 
 parity.FAMILIES.append(parity.Family(_accelerated, _plain, _fallen_back))
