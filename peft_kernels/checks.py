@@ -31,7 +31,7 @@ def check_floating(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} has dtype {value.dtype}; expected float32, float16, bfloat16 or float64")
 
 
-def check_shape(op: str, name: str, value: Tensor, expected: tuple, why: str) -> None:
+def check_shape(op: str, name: str, value: Tensor | NF4Weight, expected: tuple, why: str) -> None:
     """`expected` holds sizes, or a name where any size will do."""
     fits = len(value.shape) == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(value.shape, expected, strict=True)
@@ -42,7 +42,7 @@ def check_shape(op: str, name: str, value: Tensor, expected: tuple, why: str) ->
         )
 
 
-def check_device(op: str, name: str, value: Tensor, device: torch.device) -> None:
+def check_device(op: str, name: str, value: Tensor | NF4Weight, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{op}: {name} is on {value.device}, but x is on {device}; expected all on one device")
 

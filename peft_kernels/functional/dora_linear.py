@@ -10,7 +10,7 @@ from peft_kernels import ops
 from peft_kernels.checks import check_device, check_floating, check_same_dtype, check_shape
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.functional.dora_weight_norm import dora_weight_norm
-from peft_kernels.functional.lora_linear import explain_lora, is_dtensor, lora_fits, refuse_dtensors_over_nf4
+from peft_kernels.functional.lora_linear import dense_beside_dtensors, explain_lora, is_dtensor, lora_fits
 from peft_kernels.functional.philox_dropout import seed_tensor
 
 _OP = "dora_linear"
@@ -61,7 +61,6 @@ def dora_linear(
     if not (training and dropout_p > 0):
         dropout_p = 0.0
     if is_dtensor(x, weight, lora_A, lora_B, magnitude):
-        refuse_dtensors_over_nf4(_OP, (weight,))
         return _on_dtensors(x, weight, lora_A, lora_B, magnitude, scaling, bias, weight_norm, dropout_p, seed)
     if weight_norm is None:
         weight_norm = dora_weight_norm(weight, lora_A, lora_B, scaling=scaling)
@@ -73,7 +72,7 @@ def dora_linear(
     )
 
 
-def _check_vector(name: str, value: Tensor, weight: Tensor) -> None:
+def _check_vector(name: str, value: Tensor, weight: Tensor | NF4Weight) -> None:
     check_floating(_OP, name, value)
     check_shape(_OP, name, value, weight.shape[:1], f"weight has {weight.shape[0]} output features")
     check_device(_OP, name, value, weight.device)
@@ -83,6 +82,7 @@ def _on_dtensors(x, weight, lora_A, lora_B, magnitude, scaling, bias, weight_nor
     """Sharded tensors (tensor parallel): the formula in PyTorch's own ops, whose sharding rules DTensor knows."""
     if dropout_p and seed is not None:
         raise ValueError(f"{_OP}: seed is given, but the tensors are DTensors, whose masks torch draws")
+    (weight,) = dense_beside_dtensors(_OP, (weight,))
     if weight_norm is None:
         with torch.no_grad():
             weight_norm = (weight.float() + scaling * (lora_B.float() @ lora_A.float())).norm(dim=1)

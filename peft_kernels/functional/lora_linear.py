@@ -174,7 +174,7 @@ def _over_nf4(
         return _with_token_mask(x, q, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask)
     explain_lora("lora_linear", x, q, lora_A, lora_B, scaling, bias, dropout_p)
     if type(x) not in PLAIN and is_dtensor(x, lora_A, lora_B):
-        refuse_dtensors_over_nf4("lora_linear", (q,))
+        dense_beside_dtensors("lora_linear", (q,))
     scaling, dropout_p = scaling * 1.0, dropout_p * 1.0 if training else 0.0
     if lora_bias is not None:
         bias = _joint_bias(q, bias, lora_B, lora_bias, scaling)
@@ -203,15 +203,18 @@ def _with_token_mask(
     return y + torch.where(token_mask.unsqueeze(-1), shift.to(y.dtype), 0.0)
 
 
-def is_dtensor(*tensors: Tensor) -> bool:
+def is_dtensor(*tensors: Tensor | NF4Weight) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def refuse_dtensors_over_nf4(op: str, weights: Sequence[Tensor | NF4Weight]) -> None:
-    if any(isinstance(weight, NF4Weight) for weight in weights):
+def dense_beside_dtensors(op: str, weights: Sequence[Tensor | NF4Weight]) -> list[Tensor]:
+    """The weights, none of which may be of 4 bits."""
+    dense = [weight for weight in weights if isinstance(weight, Tensor)]
+    if len(dense) < len(weights):
         raise NotImplementedError(f"{op}: DTensors are not supported over weights of 4 bits")
+    return dense
 
 
 def lora_linear_on_dtensors(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> Tensor:

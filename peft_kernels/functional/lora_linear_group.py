@@ -25,7 +25,7 @@ from peft_kernels.checks import (
     shape_text,
 )
 from peft_kernels.formats.nf4 import NF4Weight
-from peft_kernels.functional.lora_linear import PLAIN, is_dtensor, lora_linear_on_dtensors, refuse_dtensors_over_nf4
+from peft_kernels.functional.lora_linear import PLAIN, dense_beside_dtensors, is_dtensor, lora_linear_on_dtensors
 from peft_kernels.ops.philox_dropout import new_seeds
 
 _OP = "lora_linear_group"
@@ -91,7 +91,6 @@ def lora_linear_group(
         check_group(_OP, x, x.shape[-1], group)
         _remember(signature)
     if signature is None and is_dtensor(x, *weights, *group.lora_As, *group.lora_Bs):
-        refuse_dtensors_over_nf4(_OP, weights)
         return _on_dtensors(x, group, training, seed, token_mask)
     dropout_ps, seeds = seeds_tensor(_OP, group, training, seed, x.device)
     return ops.lora_linear_group.lora_linear_group(
@@ -279,8 +278,8 @@ def _on_dtensors(x, group: Group, training, seed, token_mask) -> tuple[Tensor, .
         raise ValueError(f"{_OP}: seed is given, but the tensors are DTensors, whose masks torch draws")
     if token_mask is not None or sorted(set(group.outputs)) != group.outputs:
         raise ValueError(f"{_OP}: token_mask and several adapters at once are not supported on DTensors")
-    ys = []
-    for j, (weight, bias) in enumerate(zip(group.weights, group.biases, strict=True)):
+    weights, ys = dense_beside_dtensors(_OP, group.weights), []
+    for j, (weight, bias) in enumerate(zip(weights, group.biases, strict=True)):
         if j in group.outputs:
             i = group.outputs.index(j)
             p = group.dropout_ps[i] if training else 0.0

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.ops import nf4_linear
 
 
 def linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
@@ -43,10 +44,14 @@ def grad_input_into(grad_x: Tensor, grad_y: Tensor, weight: Tensor | NF4Weight) 
 
 def add_grad_input(grad_x: Tensor, grad_y: Tensor, weight: Tensor | NF4Weight) -> None:
     """dx += dY W."""
-    if isinstance(weight, NF4Weight):
-        grad_x.add_(grad_input(grad_y, weight))
-    else:
+    if not isinstance(weight, NF4Weight):
         grad_x.addmm_(grad_y, weight)
+        return
+    implementation = nf4_linear.select(grad_y, weight)
+    if hasattr(implementation, "add_backward"):
+        implementation.add_backward(grad_x, grad_y, weight)
+    else:
+        grad_x.add_(implementation.backward(grad_y, weight))
 
 
 def expert(weight: Tensor | NF4Weight, index: int) -> Tensor | NF4Weight:

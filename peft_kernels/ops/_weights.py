@@ -9,7 +9,7 @@ places: packed half bytes want none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ Weight = Tensor | NF4Weight
 _DENSE = [0] * (LAYOUT_SIZE - 1) + [1]
 
 
-def any_nf4(weights: Sequence[Weight]) -> bool:
-    return NF4Weight in map(type, weights)
+def all_dense(weights: Sequence[Weight]) -> TypeGuard[Sequence[Tensor]]:
+    return NF4Weight not in map(type, weights)
 
 
 def split(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """(first tensor of each weight, the others, layouts)."""
-    if not any_nf4(weights):
+    if all_dense(weights):
         return list(weights), [], []
     firsts: list[Tensor] = []
     others: list[Tensor] = []

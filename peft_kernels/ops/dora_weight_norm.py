@@ -10,7 +10,7 @@ from torch import Tensor
 from peft_kernels import dispatch
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._tracing import fold_scaling
-from peft_kernels.ops._weights import Weight, any_nf4, joined, split
+from peft_kernels.ops._weights import Weight, all_dense, joined, split
 
 SCHEMAS = {
     # weight and layout: a dense weight and nothing, or what `_weights.split` makes of one of 4 bits, taken in `dtype`.
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 def problem(weight: Weight, lora_A: Tensor, lora_B: Tensor, *, weight_norm_squared=None, **_) -> Problem:
     (n, k), device = weight.shape, weight.device
-    known, nf4 = weight_norm_squared is not None, any_nf4((weight,))
+    known, nf4 = weight_norm_squared is not None, not all_dense((weight,))
     return Problem(device.type, device.index, weight.dtype, lora_A.dtype, n, k, lora_A.shape[0], known, nf4)
 
 

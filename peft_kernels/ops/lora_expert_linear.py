@@ -12,7 +12,7 @@ from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._rows import row_bucket
 from peft_kernels.ops._tracing import fold_scaling
-from peft_kernels.ops._weights import Weight, any_nf4, joined, split
+from peft_kernels.ops._weights import Weight, all_dense, joined, split
 from peft_kernels.ops.lora_linear import autocast_together
 
 SCHEMAS = {
@@ -51,7 +51,7 @@ def problem(x, weight, lora_A, lora_B, offsets, *, dropout_p=0.0, training=True,
 
 def _problem(rows: Tensor, weight: Weight, lora_A: Tensor, dropout: bool) -> Problem:
     device, (e, n, k) = rows.device, weight.shape
-    r, dtype, nf4 = lora_A.shape[1], rows.dtype, any_nf4((weight,))
+    r, dtype, nf4 = lora_A.shape[1], rows.dtype, not all_dense((weight,))
     return Problem(device.type, device.index, dtype, lora_A.dtype, row_bucket(rows), e, n, k, r, dropout, nf4)
 
 

@@ -16,7 +16,7 @@ from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._rows import owned, row_bucket, rows, unflatten
 from peft_kernels.ops._tracing import distinct, fold_scalings
-from peft_kernels.ops._weights import any_nf4, cut, joined, split
+from peft_kernels.ops._weights import all_dense, cut, joined, split
 from peft_kernels.ops.lora_linear import autocast_together
 
 SCHEMAS = {
@@ -85,7 +85,7 @@ def _problem(x: Tensor, weights, lora_As, outputs, dropout: bool, token_mask: bo
         tuple(outputs),
         dropout,
         token_mask,
-        any_nf4(weights),
+        not all_dense(weights),
     )
 
 
@@ -101,9 +101,8 @@ def select(x, weights, lora_As, outputs, dropout, token_mask):
     """The implementation for these tensors; `dropout` and `token_mask` say whether there are any."""
     shapes = (*(weight.shape for weight in weights), *(a.shape for a in lora_As))
     adapter_dtype = lora_As[0].dtype if lora_As else None
-    key = (
-        x.shape[:-1], x.dtype, x.device, shapes, adapter_dtype, tuple(outputs), dropout, token_mask, any_nf4(weights),
-    )  # fmt: skip
+    dense = all_dense(weights)
+    key = (x.shape[:-1], x.dtype, x.device, shapes, adapter_dtype, tuple(outputs), dropout, token_mask, dense)
     return dispatch.select_memoised(
         "lora_linear_group", key, _problem, x, weights, lora_As, outputs, dropout, token_mask
     )

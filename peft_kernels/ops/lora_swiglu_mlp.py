@@ -12,7 +12,7 @@ from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._rows import owned, row_bucket, rows, unflatten
 from peft_kernels.ops._tracing import distinct, fold_scalings
-from peft_kernels.ops._weights import any_nf4, cut, joined, split
+from peft_kernels.ops._weights import all_dense, cut, joined, split
 from peft_kernels.ops.lora_linear import autocast_together
 from peft_kernels.ops.lora_linear_group import GroupNeeds
 
@@ -53,7 +53,7 @@ class Problem(NamedTuple):
 def _problem(x, weights, lora_As, activation, dropout) -> Problem:
     device, (intermediate, hidden) = x.device, weights[0].shape
     adapter_dtype = lora_As[0].dtype if lora_As else None
-    rs, nf4 = tuple(a.shape[0] for a in lora_As), any_nf4(weights)
+    rs, nf4 = tuple(a.shape[0] for a in lora_As), not all_dense(weights)
     return Problem(
         device.type, device.index, x.dtype, adapter_dtype, row_bucket(x), hidden, intermediate, rs, dropout, activation,
         nf4,
@@ -70,7 +70,7 @@ def problem(x, weights, lora_As, lora_Bs, *, dropout_p=0.0, training=True, activ
 def _select(x, weights, lora_As, activation, dropout):
     shapes = (*(weight.shape for weight in weights), *(a.shape for a in lora_As))
     adapter_dtype = lora_As[0].dtype if lora_As else None
-    key = (x.shape[:-1], x.dtype, x.device, shapes, adapter_dtype, activation, dropout, any_nf4(weights))
+    key = (x.shape[:-1], x.dtype, x.device, shapes, adapter_dtype, activation, dropout, not all_dense(weights))
     return dispatch.select_memoised("lora_swiglu_mlp", key, _problem, x, weights, lora_As, activation, dropout)
 
 

@@ -58,3 +58,10 @@ def backward(grad_y, q):
     for start, stop in pieces(k, n * grad_y.element_size()):
         torch.mm(grad_y, dense(q.columns(start, stop)), out=grad_x[:, start:stop])
     return grad_x
+
+
+def add_backward(grad_x, grad_y, q):
+    """grad_x += dY W: the sum is rounded once, and grad_x read and written once."""
+    n, k, *_ = q.layout
+    for start, stop in pieces(k, n * grad_y.element_size()):
+        grad_x[:, start:stop].addmm_(grad_y, dense(q.columns(start, stop)))
