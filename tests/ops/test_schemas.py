@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from peft_kernels import ops
+from peft_kernels.ops._weights import split
+from peft_kernels.problems import Draw, nf4_weight
 
 F32, BF16 = torch.float32, torch.bfloat16
 ALL = (True,) * 5
@@ -108,6 +110,17 @@ def expert_backward(needs=ALL, **options):
     return grad_y, x, s, weight, layout, *others, needs
 
 
+def over_nf4(arguments, weights: int, gradients: tuple = ()):
+    """The arguments with every weight, the list at this place that layouts follow, in 4 bits: the first nested, the
+    others not; `gradients` are the places of what `needs` says of weights, which then want none."""
+    *before, dense, _, last = (*arguments[: weights + 2], arguments[weights + 2 :])
+    qs = [nf4_weight(Draw("cpu", j), *w.shape, nested=j == 0) for j, w in enumerate(dense)]
+    firsts, others, layouts = split(qs)
+    if gradients:
+        last = (*last[:-1], tuple(need and j not in gradients for j, need in enumerate(last[-1])))
+    return *before, [*firsts, *others], layouts, *last
+
+
 # Per op, arguments on the CPU without autograd (autograd lives outside the registered op).
 ARGUMENTS = {
     "lora_linear": [
@@ -133,6 +146,7 @@ ARGUMENTS = {
         group_arguments(batch=(0,), dropout=True),
         group_arguments(dropout=True, mask=True),
         group_arguments(adapters=0),
+        over_nf4(group_arguments(dropout=True, mask=True), 1),
     ],
     "lora_linear_group_backward": [
         group_backward(),
@@ -140,23 +154,28 @@ ARGUMENTS = {
         group_backward(dropout=True, mask=True, needs=(False,) * 5 + (True, False, True) + (True,) * 3),
         group_backward(needs=(True, True, False, False, True) + (False,) * 6),
         group_backward(adapters=0, needs=(True,) * 5),
+        over_nf4(group_backward(dropout=True, mask=True), 3, gradients=(1, 2)),
+        over_nf4(group_backward(unused=True), 3, gradients=(1, 2)),
     ],
     "dora_linear": [
         dora_arguments(),
         dora_arguments(batch=(0,), bias=False),
         dora_arguments(batch=(2, 3, 4), dtype=BF16, adapter_dtype=F32, seed=3),
         dora_arguments(batch=(7, 4), strided=True),
+        over_nf4(dora_arguments(dtype=BF16, seed=3), 1),
     ],
     "dora_linear_backward": [
         dora_backward(),
         dora_backward(batch=(), seed=3),
         dora_backward(dtype=BF16, adapter_dtype=F32, seed=3, needs=(True, False, False, True, True, True)),
         dora_backward(needs=(False, False, True, False, False, True)),
+        over_nf4(dora_backward(dtype=BF16, seed=3), 4, gradients=(1,)),
     ],
     "dora_weight_norm": [
         ([torch.randn(17, 31)], [], F32, torch.randn(4, 31), torch.randn(17, 4), 1.5, None),
         ([torch.randn(17, 31).to(BF16)], [], BF16, torch.randn(4, 31), torch.randn(17, 4), 1.5, torch.rand(17)),
         ([torch.randn(17, 31).double()], [], torch.float64, torch.randn(4, 31), torch.randn(17, 4), 0.0, None),
+        over_nf4(([torch.randn(17, 31)], [], BF16, torch.randn(4, 31), torch.randn(17, 4), 1.5, None), 0),
     ],
     "gated_activation": [
         (torch.randn(3, 5, 7), torch.randn(3, 5, 7), "silu"),
@@ -170,11 +189,17 @@ ARGUMENTS = {
         (torch.randn(7), torch.randn(7), torch.randn(7), "gelu_tanh"),
         (torch.randn(3, 4).to(BF16), torch.randn(3, 4).to(BF16), torch.randn(3, 4).to(BF16), "silu"),
     ],
-    "lora_swiglu_mlp": [mlp_arguments(), mlp_arguments(batch=(7,), dropout=True), mlp_arguments(batch=())],
+    "lora_swiglu_mlp": [
+        mlp_arguments(),
+        mlp_arguments(batch=(7,), dropout=True),
+        mlp_arguments(batch=()),
+        over_nf4(mlp_arguments(), 1),
+    ],
     "lora_swiglu_mlp_backward": [
         mlp_backward(),
         mlp_backward(batch=(7,), dropout=True),
         mlp_backward(needs=(False,) * 7 + (True, False, False, True)),
+        over_nf4(mlp_backward(dropout=True), 6, gradients=(1, 2, 3)),
     ],
     "lora_embedding": [
         (IDS, *embedding_factors()),
@@ -191,12 +216,14 @@ ARGUMENTS = {
         expert_arguments(),
         expert_arguments(rows=0, seed=3),
         expert_arguments(dtype=BF16, seed=3, bias=False),
+        over_nf4(expert_arguments(seed=3), 1),
     ],
     "lora_expert_linear_backward": [
         expert_backward(),
         expert_backward(rows=0),
         expert_backward(dtype=BF16, seed=3, needs=(True, False, True, True, True)),
         expert_backward(needs=(False, True, False, False, False)),
+        over_nf4(expert_backward(seed=3), 3, gradients=(1,)),
     ],
     "philox_dropout": [
         (torch.randn(5, 33), 0.3, torch.tensor([1]), 0),
