@@ -64,6 +64,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
         # since a second runtime would bring a second pool of threads.
         sources = ["cpu_bindings.cpp", "philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp"]
         sources += ["dora_linear.cpp", "gated_activation.cpp"]
+        sources += ["cpu_bindings_nf4.cpp", "nf4_dequantize.cpp", "nf4_quantize.cpp", "nf4_linear.cpp"]
         return sources, {".cpp": [*compile_cxx, "-fopenmp"]}, [cxx, "-shared"]
     nvcc = find("NVCC", "nvcc")
     commands = {

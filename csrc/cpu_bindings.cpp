@@ -15,6 +15,8 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
+void bind_nf4(py::module_& m);  // cpu_bindings_nf4.cpp
+
 namespace peft_kernels {
 
 namespace {
@@ -202,4 +204,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gated_backward", &gated_backward_call, unlocked);
   m.def("lora_small_forward", &small_forward);
   m.def("lora_small_backward", &small_backward);
+  bind_nf4(m);
 }

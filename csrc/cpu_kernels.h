@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "nf4.h"
+
 namespace peft_kernels {
 
 // Dropout's parameters: `seed` points to the 64-bit seed, or is null for no dropout. See philox.h.
@@ -93,5 +95,16 @@ void dora_scale(int64_t rows, int64_t columns, Matrix u, const float* g, const f
 // pass. grad_u, and u with products, and sums may be null.
 void dora_backward(int64_t rows, int64_t columns, Matrix grad_y, Matrix u, const float* g, Matrix grad_u,
                    float* products, float* sums, int threads);
+
+// out [n, k] = the weight, rounded once to `dtype`; out is of that dtype or of float.
+void nf4_dequantize(const Nf4Weight& w, int dtype, Matrix out, int threads);
+
+// The indices of `count` contiguous values in blocks of `blocksize`, two to a byte, and the blocks' absmax.
+void nf4_quantize(const void* values, int dtype, int64_t count, int64_t blocksize, uint8_t* packed, float* absmax,
+                  int threads);
+
+// y [M, N] = x Wᵀ + bias (or none); grad_x [M, K] = grad_y W. W is rounded to the dtype of x.
+void nf4_linear_forward(int64_t m, const Nf4Weight& w, Matrix x, Matrix bias, Matrix y, int threads);
+void nf4_linear_backward(int64_t m, const Nf4Weight& w, Matrix grad_y, Matrix grad_x, int threads);
 
 }  // namespace peft_kernels

@@ -1,0 +1,375 @@
+// Weights in NF4 decoded 32 at a time; included by the bodies that each.h compiles once per vector width.
+//
+// A block has 16 values: code times absmax, rounded once. They are computed once per block, as a table from which one
+// or a few shuffles take 32 weights: of bytes with AVX2 (the values cut into planes of bytes), of floats or words with
+// AVX-512. So every weight has the bits of one float product and one rounding, wherever it is used.
+
+#include "../nf4.h"
+
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
+
+constexpr int kGroup = 32;  // no block is shorter, so a group has elements of at most two
+constexpr int kGroupVectors = kGroup / kFloats;
+
+// ---- absmax ----------------------------------------------------------------------------------------------------
+
+// Double quantisation rounds twice. A compiler may contract a product that it sees to a fused multiply-add.
+PEFT_KERNELS_INLINE float rounded_product(float a, float b) {
+#if defined(__x86_64__)
+  float product = a * b;
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+  float product = a * b;
+  __asm__("" : "+w"(product));
+#else
+  const volatile float product = a * b;
+#endif
+  return product;
+}
+
+// Any NaN as the quiet one, to which rounding to bfloat16 by addition does not do harm.
+PEFT_KERNELS_INLINE float nf4_absmax(const Nf4Weight& w, int64_t block) {
+  float value;
+  if (w.nested_absmax == nullptr) {
+    value = static_cast<const float*>(w.absmax)[block];
+  } else {
+    const uint8_t index = static_cast<const uint8_t*>(w.absmax)[block];
+    value = rounded_product(w.nested_map[index], w.nested_absmax[block >> kNf4NestedShift]) + *w.nested_offset;
+  }
+  return value == value ? value : float_from_bits(0x7FC00000u);
+}
+
+// ---- the 16 values of a block ----------------------------------------------------------------------------------
+
+// `value` rounded to Type, as float. No NaN but quiet ones.
+template <class Type>
+PEFT_KERNELS_INLINE Floats rounded(Floats value) {
+  if constexpr (std::is_same_v<Type, Float32>) return value;
+  if constexpr (std::is_same_v<Type, BFloat16>) {
+    const Words bits = bits_as<Words>(value);
+    return bits_as<Floats>((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+  }
+  if constexpr (std::is_same_v<Type, Float16>) {
+    uint16_t halves[kFloats];
+    Type::store_floats(halves, value);
+    return Type::load_floats(halves);
+  }
+}
+
+template <class Type>
+PEFT_KERNELS_INLINE Floats nf4_values(const float* code, float absmax) {
+  return rounded<Type>(load<Floats>(code) * splat(absmax));
+}
+
+// 32 weights as floats. Which of them slot s (lane s % kFloats of vector s / kFloats) holds is nf4_place(s): the order
+// in which they come out of the shuffles. What they are multiplied with is brought into that order instead.
+struct Group {
+  Floats value[kGroupVectors];
+};
+
+#if PEFT_KERNELS_VECTOR_BYTES == 32
+
+constexpr int nf4_place(int slot) {
+  return slot / 16 * 16 + slot / 8 % 2 * 2 + slot / 4 % 2 + slot % 4 * 4;
+}
+
+// The first byte's halves in the first bytes of both lanes: elements 0, 2, 4 ... in one, 1, 3, 5 ... in the other.
+PEFT_KERNELS_INLINE __m256i even_odd_indices(Bytes16 bytes) {
+  const __m256i twice = _mm256_broadcastsi128_si256(bits_as<__m128i>(bytes));
+  const __m256i shifted = _mm256_srlv_epi32(twice, _mm256_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0));
+  return _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+}
+
+// The 16 values in 16 bits each, in order.
+template <class Type>
+PEFT_KERNELS_INLINE __m256i nf4_halves(float absmax) {
+  if constexpr (std::is_same_v<Type, BFloat16>) {
+    // Packing works lane by lane: the values are computed in an order that it makes right.
+    constexpr const float* code = kNf4Code;
+    const Floats first = _mm256_setr_ps(code[0], code[1], code[2], code[3], code[8], code[9], code[10], code[11]);
+    const Floats second = _mm256_setr_ps(code[4], code[5], code[6], code[7], code[12], code[13], code[14], code[15]);
+    const Words a = bits_as<Words>(rounded<Type>(first * splat(absmax))) >> 16;
+    const Words b = bits_as<Words>(rounded<Type>(second * splat(absmax))) >> 16;
+    return _mm256_packus_epi32(bits_as<__m256i>(a), bits_as<__m256i>(b));
+  } else {
+    const Floats a = load<Floats>(kNf4Code) * splat(absmax), b = load<Floats>(kNf4Code + 8) * splat(absmax);
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+}
+
+struct TwoVectors {
+  __m256i first, second;
+};
+
+// The 16 values of 16 bits as two planes of bytes, each in both lanes.
+struct HalfPlanes {
+  __m256i low, high;
+
+  PEFT_KERNELS_INLINE explicit HalfPlanes(__m256i halves) {
+    const __m256i apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
+                                           0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m256i bytes = _mm256_shuffle_epi8(halves, apart);
+    low = _mm256_permute4x64_epi64(bytes, 0x88);
+    high = _mm256_permute4x64_epi64(bytes, 0xDD);
+  }
+
+  // Words of the elements at indices 0..7 and 8..15 of each lane.
+  PEFT_KERNELS_INLINE TwoVectors words(__m256i indices) const {
+    const __m256i lows = _mm256_shuffle_epi8(low, indices), highs = _mm256_shuffle_epi8(high, indices);
+    return {_mm256_unpacklo_epi8(lows, highs), _mm256_unpackhi_epi8(lows, highs)};
+  }
+};
+
+// The high halves of the elements' floats where they are given, and their low halves, in the order of nf4_place.
+PEFT_KERNELS_INLINE Floats even_words(__m256i low, __m256i high) {
+  return bits_as<Floats>(_mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xAA));
+}
+PEFT_KERNELS_INLINE Floats odd_words(__m256i low, __m256i high) {
+  return bits_as<Floats>(_mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xAA));
+}
+
+template <class Type>
+struct Decoder {
+  __m256i plane[4];
+
+  PEFT_KERNELS_INLINE explicit Decoder(float absmax) {
+    // Of four values each 32-bit lane gets the bytes of one significance.
+    const __m256i apart = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                           0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i a = _mm256_shuffle_epi8(bits_as<__m256i>(nf4_values<Type>(kNf4Code, absmax)), apart);
+    const __m256i b = _mm256_shuffle_epi8(bits_as<__m256i>(nf4_values<Type>(kNf4Code + 8, absmax)), apart);
+    const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+    const __m256i first = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5), second = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
+    plane[0] = _mm256_permutevar8x32_epi32(low, first);
+    plane[1] = _mm256_permutevar8x32_epi32(low, second);
+    plane[2] = _mm256_permutevar8x32_epi32(high, first);
+    plane[3] = _mm256_permutevar8x32_epi32(high, second);
+  }
+
+  PEFT_KERNELS_INLINE Group operator()(Bytes16 bytes) const {
+    const __m256i indices = even_odd_indices(bytes);
+    const __m256i byte0 = _mm256_shuffle_epi8(plane[0], indices), byte1 = _mm256_shuffle_epi8(plane[1], indices);
+    const __m256i byte2 = _mm256_shuffle_epi8(plane[2], indices), byte3 = _mm256_shuffle_epi8(plane[3], indices);
+    const __m256i low0 = _mm256_unpacklo_epi8(byte0, byte1), high0 = _mm256_unpacklo_epi8(byte2, byte3);
+    const __m256i low1 = _mm256_unpackhi_epi8(byte0, byte1), high1 = _mm256_unpackhi_epi8(byte2, byte3);
+    return {{even_words(low0, high0), odd_words(low0, high0), even_words(low1, high1), odd_words(low1, high1)}};
+  }
+};
+
+// A bfloat16 is the high half of its float.
+template <>
+struct Decoder<BFloat16> {
+  HalfPlanes planes;
+
+  PEFT_KERNELS_INLINE explicit Decoder(float absmax) : planes(nf4_halves<BFloat16>(absmax)) {}
+
+  PEFT_KERNELS_INLINE Group operator()(Bytes16 bytes) const {
+    const auto [first, second] = planes.words(even_odd_indices(bytes));
+    const Words a = bits_as<Words>(first), b = bits_as<Words>(second);
+    return {{bits_as<Floats>(a << 16), bits_as<Floats>(a & 0xFFFF0000u), bits_as<Floats>(b << 16),
+             bits_as<Floats>(b & 0xFFFF0000u)}};
+  }
+};
+
+PEFT_KERNELS_INLINE void store_in_order(const Group& group, float* target) {
+  const __m256i zip = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  unrolled<2>([&](auto i) {
+    const Floats low = _mm256_unpacklo_ps(group.value[2 * i], group.value[2 * i + 1]);
+    const Floats high = _mm256_unpackhi_ps(group.value[2 * i], group.value[2 * i + 1]);
+    store(target + 16 * i, _mm256_permutevar8x32_ps(low, zip));
+    store(target + 16 * i + 8, _mm256_permutevar8x32_ps(high, zip));
+  });
+}
+
+// 32 weights of 16 bits, in order, into memory.
+template <class Type>
+struct HalfWriter {
+  HalfPlanes planes;
+
+  PEFT_KERNELS_INLINE explicit HalfWriter(float absmax) : planes(nf4_halves<Type>(absmax)) {}
+
+  PEFT_KERNELS_INLINE void put(Bytes16 bytes, uint16_t* target) const {
+    const __m256i wide = _mm256_cvtepu8_epi16(bits_as<__m128i>(bytes));
+    const __m256i spread = _mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8));
+    const auto [first, second] = planes.words(_mm256_and_si256(spread, _mm256_set1_epi8(15)));
+    store(target, _mm256_permute2x128_si256(first, second, 0x20));
+    store(target + 16, _mm256_permute2x128_si256(first, second, 0x31));
+  }
+};
+
+#elif PEFT_KERNELS_VECTOR_BYTES == 64
+
+constexpr int nf4_place(int slot) { return slot % 16 * 2 + slot / 16; }
+
+template <class Type>
+struct Decoder {
+  Floats table;
+
+  PEFT_KERNELS_INLINE explicit Decoder(float absmax) : table(nf4_values<Type>(kNf4Code, absmax)) {}
+
+  PEFT_KERNELS_INLINE Group operator()(Bytes16 bytes) const {
+    const __m512i pairs = _mm512_cvtepu8_epi32(bits_as<__m128i>(bytes));
+    const __m512i evens = bits_as<__m512i>(bits_as<Words>(pairs) >> 4);
+    // The permutation looks at the low 4 bits of an index only.
+    return {{_mm512_permutexvar_ps(evens, table), _mm512_permutexvar_ps(pairs, table)}};
+  }
+};
+
+PEFT_KERNELS_INLINE void store_in_order(const Group& group, float* target) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  store(target, _mm512_permutex2var_ps(group.value[0], low, group.value[1]));
+  store(target + 16, _mm512_permutex2var_ps(group.value[0], high, group.value[1]));
+}
+
+// The 16 values in 16 bits each.
+template <class Type>
+PEFT_KERNELS_INLINE __m256i nf4_halves(float absmax) {
+  if constexpr (std::is_same_v<Type, BFloat16>)
+    return bits_as<__m256i>(
+        __builtin_convertvector(bits_as<Words>(nf4_values<Type>(kNf4Code, absmax)) >> 16, Halves));
+  else
+    return _mm512_maskz_cvtps_ph(0xFFFF, load<Floats>(kNf4Code) * splat(absmax), _MM_FROUND_TO_NEAREST_INT);
+}
+
+template <class Type>
+struct HalfWriter {
+  __m512i table;  // twice the 16 values
+
+  PEFT_KERNELS_INLINE explicit HalfWriter(float absmax) : table(_mm512_broadcast_i64x4(nf4_halves<Type>(absmax))) {}
+
+  PEFT_KERNELS_INLINE void put(Bytes16 bytes, uint16_t* target) const {
+    const Words pairs = bits_as<Words>(_mm512_cvtepu8_epi32(bits_as<__m128i>(bytes)));
+    // An odd element's index keeps one bit of its neighbour: both copies of the values answer it.
+    store(target, _mm512_permutexvar_epi16(bits_as<__m512i>((pairs >> 4) | (pairs << 16)), table));
+  }
+};
+
+#else
+
+constexpr int nf4_place(int slot) { return slot; }
+
+template <class Type>
+struct Decoder {
+  float table[16];
+
+  PEFT_KERNELS_INLINE explicit Decoder(float absmax) {
+    for (int i = 0; i < 16; i += kFloats) store(table + i, nf4_values<Type>(kNf4Code + i, absmax));
+  }
+
+  PEFT_KERNELS_INLINE Group operator()(Bytes16 bytes) const {
+    float values[kGroup];
+    for (int i = 0; i < 16; ++i) {
+      values[2 * i] = table[bytes[i] >> 4];
+      values[2 * i + 1] = table[bytes[i] & 15];
+    }
+    return load<Group>(values);
+  }
+};
+
+PEFT_KERNELS_INLINE void store_in_order(const Group& group, float* target) { store(target, group); }
+
+template <class Type>
+struct HalfWriter {
+  uint16_t table[16];
+
+  PEFT_KERNELS_INLINE explicit HalfWriter(float absmax) {
+    for (int i = 0; i < 16; i += kFloats) Type::store_floats(table + i, nf4_values<Type>(kNf4Code + i, absmax));
+  }
+
+  PEFT_KERNELS_INLINE void put(Bytes16 bytes, uint16_t* target) const {
+    for (int i = 0; i < 16; ++i) {
+      target[2 * i] = table[bytes[i] >> 4];
+      target[2 * i + 1] = table[bytes[i] & 15];
+    }
+  }
+};
+
+#endif
+
+// 32 weights in order as floats, rounded to Type.
+template <class Type>
+struct FloatWriter {
+  Decoder<Type> decoder;
+
+  PEFT_KERNELS_INLINE explicit FloatWriter(float absmax) : decoder(absmax) {}
+  PEFT_KERNELS_INLINE void put(Bytes16 bytes, float* target) const { store_in_order(decoder(bytes), target); }
+};
+
+// ---- runs of elements ------------------------------------------------------------------------------------------
+
+// The `count` elements from number `first` on as the first of 32; the others' indices are 0. Reads no byte without them.
+PEFT_KERNELS_INLINE Bytes16 load_indices(const uint8_t* packed, int64_t first, int64_t count) {
+  const uint8_t* source = packed + (first >> 1);
+  const bool odd = first & 1;
+  if (count == kGroup && !odd) return load<Bytes16>(source);
+  if (count == kGroup) return (load<Bytes16>(source) << 4) | (load<Bytes16>(source + 1) >> 4);
+  uint8_t some[kGroup] = {};
+  std::memcpy(some, source, static_cast<size_t>((count + odd + 1) >> 1));
+  return odd ? (load<Bytes16>(some) << 4) | (load<Bytes16>(some + 1) >> 4) : load<Bytes16>(some);
+}
+
+// Of `group` the elements before `count`, of `others` those from there on.
+PEFT_KERNELS_INLINE Group joined(const Group& group, const Group& others, int64_t count) {
+  Group result;
+  unrolled<kGroupVectors>([&](auto v) {
+    int32_t places[kFloats];
+    for (int lane = 0; lane < kFloats; ++lane) places[lane] = nf4_place(v * kFloats + lane);
+    const Ints ours = load<Ints>(places) < static_cast<int32_t>(count) + Ints{};
+    result.value[v] = bits_as<Floats>((bits_as<Ints>(group.value[v]) & ours) | (bits_as<Ints>(others.value[v]) & ~ours));
+  });
+  return result;
+}
+
+// Calls use(i, group) for the `count` elements from number `first` on, 32 at a time; beyond them the last group is zero.
+template <class Type, class Use>
+PEFT_KERNELS_INLINE void for_groups(const Nf4Weight& w, int64_t first, int64_t count, Use use) {
+  int64_t block = first >> w.shift;
+  Decoder<Type> decoder(nf4_absmax(w, block));
+  for (int64_t i = 0; i < count; i += kGroup) {
+    const int64_t begin = first + i, size = std::min<int64_t>(kGroup, count - i);
+    if (begin >> w.shift != block) {
+      block = begin >> w.shift;
+      decoder = Decoder<Type>(nf4_absmax(w, block));
+    }
+    const Bytes16 bytes = load_indices(w.packed, begin, size);
+    Group group = decoder(bytes);
+    const int64_t last = (begin + size - 1) >> w.shift;
+    if (__builtin_expect(last != block, 0)) {
+      decoder = Decoder<Type>(nf4_absmax(w, last));
+      group = joined(group, decoder(bytes), (last << w.shift) - begin);
+      block = last;
+    }
+    if (__builtin_expect(size < kGroup, 0)) group = joined(group, Group{}, size);
+    use(i, group);
+  }
+}
+
+// The same elements into memory, in order.
+template <class Writer, class Storage>
+PEFT_KERNELS_INLINE void write_run(const Nf4Weight& w, int64_t first, int64_t count, Storage* target) {
+  int64_t block = first >> w.shift;
+  Writer writer(nf4_absmax(w, block));
+  for (int64_t i = 0; i < count; i += kGroup) {
+    const int64_t begin = first + i, size = std::min<int64_t>(kGroup, count - i);
+    if (begin >> w.shift != block) {
+      block = begin >> w.shift;
+      writer = Writer(nf4_absmax(w, block));
+    }
+    const Bytes16 bytes = load_indices(w.packed, begin, size);
+    const int64_t last = (begin + size - 1) >> w.shift;
+    if (__builtin_expect(last == block && size == kGroup, 1)) {
+      writer.put(bytes, target + i);
+      continue;
+    }
+    Storage some[kGroup];
+    writer.put(bytes, some);
+    const int64_t ours = std::min(size, ((block + 1) << w.shift) - begin);
+    std::memcpy(target + i, some, static_cast<size_t>(ours) * sizeof(Storage));
+    if (last == block) continue;
+    block = last;
+    writer = Writer(nf4_absmax(w, block));
+    writer.put(bytes, some);
+    std::memcpy(target + i + ours, some + ours, static_cast<size_t>(size - ours) * sizeof(Storage));
+  }
+}
