@@ -85,6 +85,16 @@ _SINGLE_PASS = Space(
     (("block_n", "block_k"), ("block_r", "block_k")),
     optional=True,
 )
+_NF4_GEMM = Space(
+    (
+        ("block_m", (16, 32, 64, 128)), ("block_n", (64, 128, 256)), ("block_k", (64, 128, 256)),
+        ("group_m", (4, 8, 16)), _WARPS, _STAGES, _PROGRAMS,
+    ),
+    ("programs",),
+    (("block_m", "block_k"),),
+    ("block_m", "block_n"),
+)  # fmt: skip
+_NF4_GRAD_X = replace(_NF4_GEMM, staged=(("block_m", "block_n"),), accumulated=("block_m", "block_k"))
 SPACES: dict[str, Space] = {
     "philox_dropout": Space((("block", (1024, 2048, 4096)), ("block_k", (256, 512, 1024)), _WARPS)),
     "gated_activation": Space((("block", (1024, 2048, 4096)), ("block_n", (256, 512, 1024)), _WARPS)),
@@ -112,6 +122,9 @@ SPACES: dict[str, Space] = {
     "sum_over_rows": _SUMS,
     "group_sum_over_rows": _SUMS,
     "expert_sum_over_rows": _SUMS,
+    "nf4_dequantize": Space((("block", (2048, 4096, 8192)), _WARPS)),
+    "nf4_gemm": _NF4_GEMM,
+    "nf4_grad_x": _NF4_GRAD_X,
 }
 
 

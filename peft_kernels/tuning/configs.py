@@ -130,6 +130,27 @@ class DoraWeightNorm(Config):
     num_stages: int
 
 
+@dataclass(frozen=True)
+class Nf4Dequantize(Config):
+    """`block` elements belong to a program."""
+
+    block: int
+
+
+@dataclass(frozen=True)
+class Nf4Gemm(Config):
+    """N rows and K columns are those of the weight, `block_n` by `block_k` of which are decoded at a time. The sum is
+    split where fewer than `programs` tiles are there. `block_r` and `group_m` as in `ExtendedGemm`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    group_m: int
+    num_stages: int
+    programs: int
+
+
 CONFIGS: dict[str, type[Config]] = {
     "gated_activation": GatedActivation,
     "grad_scale": GradScale,
@@ -153,4 +174,7 @@ CONFIGS: dict[str, type[Config]] = {
     "expert_gemm": ExtendedGemm,
     "expert_gemm_tma": ExtendedGemm,
     "expert_sum_over_rows": SumOverRows,
+    "nf4_dequantize": Nf4Dequantize,
+    "nf4_gemm": Nf4Gemm,
+    "nf4_grad_x": Nf4Gemm,
 }

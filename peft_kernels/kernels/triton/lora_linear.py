@@ -51,7 +51,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     need_x, need_weight, need_bias, need_a, need_b = needs
     # Both live until the end: the passes for dA and dB may run beside the GEMM, and must not be given what it reads.
     a, b = lora_A.to(grad_y.dtype), lora_B.to(grad_y.dtype)
-    grad_s, partials_b = _grad_s(grad_y, s, b, need_x or need_a, need_b, seed is not None)
+    grad_s, partials_b = grad_s_and_b(grad_y, s, b, need_x or need_a, need_b, seed is not None)
     grad_x = partials_a = None
     if need_x:
         grad_x = extended_gemm(grad_y, weight, grad_s, a, scaling, None, dropout_p, seed, overlap=True)
@@ -68,7 +68,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, nee
     return grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 
-def _grad_s(grad_y, s, b, need_s, need_b, dropout):
+def grad_s_and_b(grad_y, s, b, need_s, need_b, dropout):
     """dS [M, r], not yet multiplied by scaling, and the partials of dB where one pass over dY serves both, else None.
     The last launch is the one that writes dS."""
     from peft_kernels.kernels.triton._down_projection import down_projection
