@@ -351,11 +351,12 @@ def nf4_weight(
 
 def nf4_decoded(q: NF4Weight, dtype: torch.dtype) -> Tensor:
     """The weight in full by the format's formula, the whole of which `q` is a part decoded first."""
-    indices = torch.stack((q.packed >> 4, q.packed & 15), 1).view(-1).long()
-    absmax = q.absmax
-    if q.nested_absmax is not None:
-        scaled = q.nested_map[q.absmax.long()] * q.nested_absmax.repeat_interleave(nf4.NESTED_BLOCKSIZE)[: len(absmax)]
-        absmax = scaled + q.nested_offset
+    packed, absmax, *others = q.tensors
+    indices = torch.stack((packed >> 4, packed & 15), 1).view(-1).long()
+    if others:
+        nested_absmax, table, offset = others
+        scaled = table[absmax.long()] * nested_absmax.repeat_interleave(nf4.NESTED_BLOCKSIZE)[: len(absmax)]
+        absmax = scaled + offset
     values = torch.tensor(nf4.CODE, device=q.device)[indices]
     values = values * absmax.repeat_interleave(q.blocksize)[: len(values)]
     n, k, stride, first, *_ = q.layout

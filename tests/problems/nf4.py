@@ -1,14 +1,15 @@
-"""Problems of `nf4_linear` and `nf4_lora_linear`: 4-bit weights of drawn bytes, their decoded values in the formulas."""
+"""Problems of `nf4_linear` and `nf4_lora_linear`: 4-bit weights of drawn bytes, decoded for the formulas."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.formats.nf4 import NF4Weight, dynamic_map
 from peft_kernels.problems import Draw, nf4_decoded, nf4_weight
 from tests.problems.base import Problem, batch_of, drawer
 from tests.problems.lora import LoraProblem
@@ -113,6 +114,45 @@ class Nf4LoraProblem(LoraProblem):
         twin = super().absolute()
         twin.weight = self.weight.abs()
         return twin
+
+
+def zeros_without_memory(count: int, device: str) -> Tensor:
+    """Bytes that no memory backs until they are written to; on a GPU they are allocated."""
+    if device == "cpu":
+        return torch.from_numpy(np.zeros(count, dtype=np.uint8))  # torch.zeros writes them
+    return torch.zeros(count, dtype=torch.uint8, device=device)
+
+
+def huge_weight(n: int, k: int, row_stride: int, device: str) -> tuple[NF4Weight, Tensor]:
+    """Rows so far apart that numbers of elements, bytes and blocks need more than 32 bits, and the weight they are in
+    float32. Nested, blocks of 64."""
+    draw, numel = Draw("cpu"), (n - 1) * row_stride + k
+    blocks = -(-numel // 64)
+    packed, absmax = zeros_without_memory(-(-numel // 2), device), zeros_without_memory(blocks, device)
+    groups, rows = draw(torch.float32, -(-blocks // 256), scale=0.1, offset=0.3), []
+    q = NF4Weight(
+        packed, absmax, groups.to(device), dynamic_map(device), torch.tensor(1.0, device=device), torch.Size((n, k)),
+        torch.float32, 64, row_stride=row_stride,
+    )  # fmt: skip
+    for start in range(0, n * row_stride, row_stride):
+        some = slice(start // 2, (start + k + 1) // 2)
+        packed[some] = draw.integers(256, some.stop - some.start).to(packed)
+        some = slice(start // 64, (start + k - 1) // 64 + 1)
+        absmax[some] = draw.integers(256, some.stop - some.start).to(absmax)
+        rows.append(_copied_row(q, start, k))
+    return q, torch.cat(rows)
+
+
+def _copied_row(q: NF4Weight, start: int, k: int) -> Tensor:
+    """Elements [start, start + k) of the whole, decoded from copies of their own few bytes and blocks."""
+    block, last = start // 64 // 256 * 256, start + k  # a multiple of 256 keeps the groups of absmax values
+    begin = block * 64
+    part = q._replace(
+        packed=q.packed[begin // 2 : (last + 1) // 2].clone(), absmax=q.absmax[block : (last - 1) // 64 + 1].clone(),
+        nested_absmax=q.nested_absmax[block // 256 :][:2].clone(), shape=torch.Size((1, k)), first=start - begin,
+        row_stride=None,
+    )  # fmt: skip
+    return nf4_decoded(part, torch.float32)
 
 
 def _draw_weight(problem: Nf4Problem | Nf4LoraProblem) -> None:

@@ -24,10 +24,11 @@ def unsupported(problem) -> str | None:
 
 def pieces(count: int, bytes_each: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of the fewest equal parts of `count` rows or columns that fit the scratch memory."""
-    parts = max(1, -(-count * bytes_each // SCRATCH_BYTES))
-    step = max(1, -(-count // parts))
-    if step > 64:
-        step = -(-step // 64) * 64 if -(-step // 64) * 64 * bytes_each <= SCRATCH_BYTES else step // 64 * 64
+    most = max(1, SCRATCH_BYTES // bytes_each)
+    step = max(1, -(-count // -(-count // most)))
+    if step > 64:  # whole tiles of a matmul
+        rounded = -(-step // 64) * 64
+        step = rounded if rounded <= most else step // 64 * 64
     for start in range(0, count, step):
         yield start, min(count, start + step)
 
@@ -42,11 +43,12 @@ def forward(x, q, bias):
         return F.linear(x, dense(q), bias)
     y = x.new_empty(x.shape[0], n)
     for start, stop in pieces(n, k * x.element_size()):
-        weight, out = dense(q.rows(start, stop)), y[:, start:stop]
+        # The dense piece has no name: it is gone before the next one is there.
+        rows, out = q.rows(start, stop), y[:, start:stop]
         if bias is None:
-            torch.mm(x, weight.t(), out=out)
+            torch.mm(x, dense(rows).t(), out=out)
         else:
-            torch.addmm(bias[start:stop], x, weight.t(), out=out)
+            torch.addmm(bias[start:stop], x, dense(rows).t(), out=out)
     return y
 
 

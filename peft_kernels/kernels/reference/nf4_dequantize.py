@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_kernels.formats.nf4 import NESTED_BLOCKSIZE, NF4Weight, code
 
 # Elements are gathered with 64-bit indices, in pieces so that these stay small beside the result.
-_PIECE = 1 << 22
+_PIECE = 1 << 18
 
 
 def unsupported(problem) -> str | None:
