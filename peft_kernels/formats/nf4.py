@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +126,12 @@ class NF4Weight(NamedTuple):
         fields: dict[str, Any] = dict(zip(TENSOR_FIELDS, tensors, strict=False))
         return self._replace(**fields)
 
+    def to_bitsandbytes(self, quant_storage: torch.dtype = torch.uint8) -> Any:
+        """The weight as a `bitsandbytes.nn.Params4bit` over the same memory: see `formats.nf4_bitsandbytes`."""
+        from peft_kernels.formats import nf4_bitsandbytes
+
+        return nf4_bitsandbytes.to_bitsandbytes(self, quant_storage)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in full: see `functional.nf4_dequantize`. None takes the dtype of what was quantised."""
         from peft_kernels.functional import nf4_dequantize
@@ -186,8 +192,27 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
 
 
 def nested(q: NF4Weight) -> NF4Weight:
-    """Double quantisation: the absmax values of `q`, less their mean, in 8 bits."""
-    raise NotImplementedError
+    """Double quantisation: the absmax values of `q`, less their mean, in 8 bits, in blocks of 256 with an absmax each.
+
+    A value takes the nearest entry of `dynamic_map` after multiplication by 1 / its block's absmax, of two that are as
+    near the lower one. On a CPU bitsandbytes first rounds it to one of 65536 even steps of [-1, 1]; so that its bytes come
+    out, so does this on a CPU.
+    """
+    offset, table = q.absmax.mean(), dynamic_map(q.device)
+    values = q.absmax - offset
+    blocks = torch.nn.functional.pad(values, (0, -values.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    scales = blocks.abs().amax(1, keepdim=True)
+    normed = (blocks * (1 / scales)).clamp_(-1, 1)
+    midpoints = (table[:-1] + table[1:]) * 0.5
+    if q.device.type == "cpu":
+        steps = -1.0 + 2.0 * torch.arange(65536, dtype=torch.float32) / 65535
+        nearest = torch.bucketize(steps, midpoints).to(torch.uint8)
+        indices = nearest[((normed + 1) * 0.5 * 65535 + 0.5).nan_to_num_(0.0).int()]
+    else:
+        indices = torch.bucketize(normed, midpoints).to(torch.uint8)
+    indices = torch.where(scales > 0, indices, 0).view(-1)[: values.numel()].contiguous()
+    scales = scales.view(-1)
+    return q._replace(absmax=indices, nested_absmax=scales, nested_map=table, nested_offset=offset)
 
 
 def from_bitsandbytes(params: Any) -> NF4Weight:
@@ -195,3 +220,17 @@ def from_bitsandbytes(params: Any) -> NF4Weight:
     from peft_kernels.formats import nf4_bitsandbytes
 
     return nf4_bitsandbytes.from_bitsandbytes(params)
+
+
+def to_state(q: NF4Weight, prefix: str = "weight", quant_storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+    """The weight under the keys of bitsandbytes' checkpoints: see `formats.nf4_state`."""
+    from peft_kernels.formats import nf4_state
+
+    return nf4_state.to_state(q, prefix, quant_storage)
+
+
+def from_state(state: Mapping[str, Tensor], prefix: str = "weight") -> NF4Weight:
+    """The weight that a checkpoint has under `prefix`: see `formats.nf4_state`."""
+    from peft_kernels.formats import nf4_state
+
+    return nf4_state.from_state(state, prefix)

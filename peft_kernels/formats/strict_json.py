@@ -12,12 +12,12 @@ _short.maxstring = _short.maxother = 200
 short = _short.repr  # a value from such a file in a message: escaped, and cut where it is long
 
 
-def parse_object(data: bytes, path: Path, what: str) -> dict:
+def parse_object(data: bytes, path: Path | str, what: str) -> dict:
     """Parses a JSON object, refusing duplicate keys, which readers resolve differently.
 
     Args:
         data: UTF-8 text.
-        path: the file it came from, for messages.
+        path: the file or entry it came from, for messages.
         what: what the object is, for messages.
 
     Returns:
