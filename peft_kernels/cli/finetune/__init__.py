@@ -15,6 +15,7 @@ from peft_kernels.cli.errors import (
     text_length,
 )
 from peft_kernels.cli.finetune.data import CAUSAL_LM, EMBEDDING
+from peft_kernels.cli.finetune.optimizers import OPTIMIZERS
 
 SUMMARY = "fine-tune a pretrained model with fused LoRA layers and show what it brought"
 
@@ -35,9 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("how to train")
     _add(training, "--steps", positive_int, 100, "number of steps")
     _add(training, "--batch-size", positive_int, 64, "examples per step")
-    _add(training, "--lr", positive_float, 1e-3, "learning rate of AdamW")
-    methods = ("lora", "dora")
-    training.add_argument("--method", choices=methods, default="lora", help="kind of adapters (default: %(default)s)")
+    _add(training, "--lr", positive_float, 1e-3, "learning rate")
+    training.add_argument(
+        "--method",
+        choices=("lora", "dora", "qlora"),
+        default="lora",
+        help="kind of adapters; qlora keeps the weights under them in 4 bits, and trains LoRA over the dense weights "
+        "beside to show what that changes (default: %(default)s)",
+    )
+    training.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="qlora: keep the scales of the 4-bit weights in 8 bits (default: yes)",
+    )
+    training.add_argument(
+        "--optim", choices=tuple(OPTIMIZERS), default="adamw", help="the optimizer (default: %(default)s)"
+    )
     _add(training, "--r", rank, 16, "rank of the adapters")
     _add(training, "--lora-alpha", positive_float, 32.0, "the update is scaled by lora_alpha / r")
     _add(training, "--lora-dropout", probability, 0.0, "dropout before the adapters; the base model's own is off")
@@ -77,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
         CommandError: the training failed.
     """
     require_packages("finetune", PACKAGES | ({"peft": "peft"} if options.compare else {}), extra="demo")
+    if options.optim != "adamw" or (options.method == "qlora" and options.compare):
+        require_packages("finetune", {"bitsandbytes": "bitsandbytes"}, extra="bnb")
     # Imported only now: base installations lack these packages, and the other commands do not need them.
     from peft_kernels.cli.finetune.job import run_job
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from peft_kernels.cli.finetune.model import add_peft_beside, choose_targets, cop
 from peft_kernels.cli.finetune.plot import save_plot
 from peft_kernels.cli.finetune.training import Lane, draw_batches, train
 
-METHODS = {"lora": "LoRA", "dora": "DoRA"}
+METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
 ADAPTER, PLOT = "adapter", "training.png"
 
 
@@ -36,7 +37,7 @@ def run_job(options: argparse.Namespace) -> int:
     lanes = build_lanes(options, device)
     finished = _train_with_bar(options, lanes, data)
     figures = _save(options, lanes, data, output)
-    report.print_table(figures, lanes[0].task.metrics)
+    report.print_table(figures, lanes)
     print(f"Adapter in {output / ADAPTER} (PEFT's format), plot in {output / PLOT}")
     if not finished:
         print("Interrupted: the figures are those up to here.", file=sys.stderr)
@@ -76,7 +77,8 @@ def _prepare_output(folder: str, json_file: str | None) -> Path:
 
 
 def build_lanes(options: argparse.Namespace, device: torch.device) -> list[Lane]:
-    """Our model, and with --compare PEFT's with equal adapters, each with its optimizer."""
+    """Our model; for QLoRA also one with LoRA over the dense weights; with --compare PEFT's. All start with equal
+    adapters, each has its optimizer."""
     model, tokenizer = load_model(options.model, options.task, getattr(torch, options.dtype), device)
     targets = choose_targets(model, options.target_modules)
     task_class = EmbeddingTask if options.task == EMBEDDING else CausalLMTask
@@ -89,14 +91,20 @@ def build_lanes(options: argparse.Namespace, device: torch.device) -> list[Lane]
         "target_modules": targets,
         "use_dora": options.method == "dora",
     }
-    theirs = add_peft_beside(model, settings) if options.compare else None
-    torch.manual_seed(options.seed)
-    peft_kernels.add_lora(model, **settings)
-    lanes = [Lane.of("peft_kernels", model, task, options.lr)]
-    if theirs is not None:
-        copy_adapters(model, theirs)
-        lanes.append(Lane.of("PEFT", theirs, task, options.lr))
-    return lanes
+    qlora = {"double_quant": options.double_quant} if options.method == "qlora" else None
+    models = [("peft_kernels", "QLoRA" if qlora else "peft_kernels", model)]
+    if options.compare:
+        models.append(("peft", "PEFT", add_peft_beside(model, settings, qlora)))
+    if qlora is not None:
+        models.append(("lora", "LoRA", copy.deepcopy(model)))
+    for key, _, beside in models:
+        torch.manual_seed(options.seed)
+        if key == "peft":
+            copy_adapters(model, beside)
+        else:
+            in_4_bits = {"base_quantization": "nf4", **qlora} if qlora is not None and beside is model else {}
+            peft_kernels.add_lora(beside, **settings, **in_4_bits)
+    return [Lane.of(key, name, beside, task, options.optim, options.lr) for key, name, beside in models]
 
 
 def _train_with_bar(options: argparse.Namespace, lanes: Sequence[Lane], data: Split) -> bool:
@@ -112,7 +120,8 @@ def _train_with_bar(options: argparse.Namespace, lanes: Sequence[Lane], data: Sp
 def _update(bar) -> Callable[[Sequence[Lane], str], None]:
     def update(lanes: Sequence[Lane], activity: str) -> None:
         figures: dict[str, str] = {}
-        for lane, prefix in zip(lanes, ("", "PEFT "), strict=False):
+        for lane in lanes:
+            prefix = "" if lane is lanes[0] else f"{lane.name} "
             if lane.losses:
                 figures |= {f"{prefix}loss": f"{lane.losses[-1]:.4f}", f"{prefix}step": f"{lane.seconds[-1]:.3f}s"}
         bar.set_description(activity, refresh=False)
@@ -126,7 +135,10 @@ def _save(options: argparse.Namespace, lanes: Sequence[Lane], data: Split, outpu
     ours = lanes[0]
     peft_kernels.save_adapter(ours.model, output / ADAPTER, task_type=ours.task.peft_task_type)
     rows = ours.task.count_tokens(ours.task.batch(data.train[: options.batch_size]))
-    backends = [report.backends_used(ours.model, rows), report.peft_version()][: len(lanes)]
+    theirs = ("peft", "bitsandbytes") if options.method == "qlora" else ("peft",)
+    backends = [
+        report.versions(*theirs) if lane.key == "peft" else report.backends_used(lane.model, rows) for lane in lanes
+    ]
     facts = {
         "steps": len(ours.losses),
         "steps_asked": options.steps,
@@ -136,6 +148,7 @@ def _save(options: argparse.Namespace, lanes: Sequence[Lane], data: Split, outpu
         "data": data.source,
         "device": str(ours.task.device),
         "method": options.method,
+        "optim": options.optim,
         "dtype": options.dtype,
         "threads": torch.get_num_threads(),
         "seed": options.seed,

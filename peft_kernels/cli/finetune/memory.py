@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peft_kernels.formats.nf4 import NF4Weight
+
 CUDA_MEASURE = "allocator's peak in a step, of this model and its optimizer"
 CPU_MEASURE = "weights, adapter gradients, optimizer state and tensors saved for backward in the first step"
 
@@ -55,14 +57,28 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(dict(map(_storage, tensors)).values())
 
 
-def _resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Bytes of the model's parameters and buffers, and of the optimizer's state."""
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
-    return _bytes([*model.parameters(), *model.buffers(), *state])
+    return _bytes(_owned(model)), _bytes(state)
+
+
+def _owned(model: nn.Module) -> list[Tensor]:
+    """Parameters, buffers, 4-bit weights, and what bitsandbytes keeps beside its own."""
+    weights = [w for module in model.modules() if isinstance(w := getattr(module, "weight", None), NF4Weight)]
+    states = [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    nested = [state.state2 for state in states if state.nested]
+    quantised = [tensor for weight in weights for tensor in weight.tensors]
+    return [*model.parameters(), *model.buffers(), *quantised, *(state.absmax for state in (*states, *nested))]
+
+
+def _resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    return sum(held(model, optimizer))
 
 
 @contextlib.contextmanager
 def _counting_saved(memory: Memory, model: nn.Module) -> Iterator[None]:
-    owned = {_storage(tensor)[0] for tensor in (*model.parameters(), *model.buffers())}
+    owned = {_storage(tensor)[0] for tensor in _owned(model)}
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

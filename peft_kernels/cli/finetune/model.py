@@ -110,15 +110,39 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def add_peft_beside(model: nn.Module, settings: dict) -> nn.Module:
-    """A copy of `model` with stock PEFT adapters. To be called before `model` gets ours."""
+def add_peft_beside(model: nn.Module, settings: dict, qlora: dict | None = None) -> nn.Module:
+    """A copy of `model` with stock PEFT adapters, with `qlora` over bitsandbytes' 4-bit layers. To be called before
+    `model` gets ours."""
     import peft
 
     config = peft.LoraConfig(bias="none", **settings)
+    model = copy.deepcopy(model)
+    if qlora is not None:
+        _quantize_with_bitsandbytes(model, settings["target_modules"], **qlora)
     with warnings.catch_warnings():
         # Of transformers, about an attribute that PEFT reads: nothing the user of this command can change.
         warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(copy.deepcopy(model), config)
+        return peft.get_peft_model(model, config)
+
+
+def _quantize_with_bitsandbytes(model: nn.Module, targets: list[str], double_quant: bool) -> None:
+    import bitsandbytes
+
+    for name, linear in [*model.named_modules()]:
+        if not isinstance(linear, nn.Linear) or not any(name == t or name.endswith("." + t) for t in targets):
+            continue
+        n, k = linear.weight.shape
+        layer = bitsandbytes.nn.Linear4bit(
+            k, n, linear.bias is not None, linear.weight.dtype, compress_statistics=double_quant, quant_type="nf4"
+        )
+        layer.load_state_dict(linear.state_dict())
+        layer.to(linear.weight.device)
+        layer.weight = layer.weight.to(linear.weight.device)
+        # In evaluation mode on some CPUs bitsandbytes 0.50 repacks the weight for inference, after which training gives
+        # no gradients: its layers stay in training mode, which changes nothing else.
+        layer.train = lambda mode=True, layer=layer: layer  # type: ignore[method-assign, assignment]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:

@@ -9,7 +9,10 @@ from peft_kernels.cli.finetune.training import Lane
 
 OURS_STYLE = {"color": "#1f6feb", "linewidth": 2.4}
 # Dashed and on top, so that two curves that agree can both be seen.
-PEFT_STYLE = {"color": "#f0883e", "linewidth": 1.4, "linestyle": (0, (4, 3))}
+OTHER_STYLES = (
+    {"color": "#f0883e", "linewidth": 1.4, "linestyle": (0, (4, 3))},
+    {"color": "#2da44e", "linewidth": 1.4, "linestyle": (0, (1, 2))},
+)
 LABELS = {"recall": "recall@1, held out", "held_out_loss": "loss per token, held out"}
 
 
@@ -21,7 +24,7 @@ def save_plot(path: Path, lanes: Sequence[Lane], metric: str, title: str) -> Non
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for lane, style in zip(lanes, (OURS_STYLE, PEFT_STYLE), strict=False):
+    for lane, style in zip(lanes, (OURS_STYLE, *OTHER_STYLES), strict=False):
         left.plot(range(1, len(lane.losses) + 1), lane.losses, label=lane.name, **style)
         steps = sorted(lane.scores)
         values = [lane.scores[step][metric] for step in steps]

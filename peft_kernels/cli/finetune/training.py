@@ -17,15 +17,18 @@ from torch import nn
 from peft_kernels.cli.errors import CommandError
 from peft_kernels.cli.finetune.data import Example
 from peft_kernels.cli.finetune.memory import Memory
+from peft_kernels.cli.finetune.optimizers import make_optimizer
 from peft_kernels.cli.finetune.task import Task
 
 EVALUATIONS = 4
+WEIGHT_DECAY = 0.01  # AdamW's own default, of PyTorch and of bitsandbytes
 
 
 @dataclass
 class Lane:
-    """One model in training and its measurements."""
+    """One model in training and its measurements. `key` is its place in the figures; the first lane's are on top."""
 
+    key: str
     name: str
     model: nn.Module
     task: Task
@@ -36,9 +39,9 @@ class Lane:
     memory: Memory = field(default_factory=Memory)
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, task: Task, lr: float) -> Lane:
+    def of(cls, key: str, name: str, model: nn.Module, task: Task, optim: str, lr: float) -> Lane:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return cls(name, model, task, torch.optim.AdamW(trained, lr=lr))
+        return cls(key, name, model, task, make_optimizer(optim, trained, lr, WEIGHT_DECAY))
 
     def step(self, batch) -> None:
         """Forward, backward and update, timed together.
