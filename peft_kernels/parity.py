@@ -221,6 +221,8 @@ def _error(value: Tensor | None, truth: Tensor | None, floor: float) -> float:
 
 def _tolerance(model: nn.Module, plain: _Tensors) -> float:
     dtypes = {t.dtype for t in (*model.parameters(), *plain.outputs.values()) if t.dtype in TOLERANCES}
+    computed = (getattr(module, "compute_dtype", None) for module in model.modules())  # of 4-bit layers
+    dtypes |= {dtype for dtype in computed if dtype in TOLERANCES}
     kinds = {t.device.type for t in model.parameters()}
     dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
     tolerance = max((TOLERANCES[dtype] for dtype in dtypes), default=TOLERANCES[torch.bfloat16])

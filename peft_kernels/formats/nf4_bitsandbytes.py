@@ -41,7 +41,7 @@ def from_bitsandbytes(params: Any) -> NF4Weight:
         raise ValueError(f"{name}: blocksize is {state.blocksize}; expected one of {', '.join(map(str, BLOCKSIZES))}")
     # Past the parameter's own __torch_function__: a plain tensor over the same bytes.
     with torch._C.DisableTorchFunctionSubclass():
-        data = params.detach().as_subclass(torch.Tensor)
+        data = params.data  # of which torch.compile makes a plain tensor too
     packed = data.contiguous().reshape(-1).view(torch.uint8)
     nested = (None, None, None)
     if state.nested:

@@ -17,16 +17,18 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
 
     No parameter, buffer or module is renamed, replaced or copied: only the class of each supported layer changes, to a
     subclass that overrides `forward`. state_dict, optimizers, saving, loading, merging, adding and switching adapters
-    work as before. Supported are linear layers (also Conv1D) and embeddings, with one or several active adapters,
-    rsLoRA, `lora_bias`, trained biases, frozen A or B, MiCA, DoRA (one base matmul instead of two or three) and
-    activated LoRA (a mask, no gather). What is not supported (`Report` says what and why) runs PEFT's own code,
-    decided at every call, and each reason is logged once, as a warning of the logger "peft_kernels".
+    work as before. Supported are linear layers (also Conv1D, and bitsandbytes' `Linear4bit` in NF4, whose weight is
+    multiplied from its 4 bits) and embeddings, with one or several active adapters, rsLoRA, `lora_bias`, trained
+    biases, frozen A or B, MiCA, DoRA (one base matmul instead of two or three) and activated LoRA (a mask, no gather).
+    What is not supported (`Report` says what and why) runs PEFT's own code, decided at every call, and each reason is
+    logged once, as a warning of the logger "peft_kernels".
 
-    Numbers equal PEFT's up to rounding, with three differences by design: float32 adapters beside a 16-bit base weight
+    Numbers equal PEFT's up to rounding, with four differences by design: float32 adapters beside a 16-bit base weight
     are rounded to 16 bits for the products, instead of x being widened to float32 (their gradients are summed in
-    float32); `lora_dropout` draws other, equally distributed masks; and DoRA's dropout leaves the base matmul whole,
-    where PEFT drops x for the part (g - 1) x Wᵀ as well (the same expectation, with less variance). Second derivatives
-    raise RuntimeError.
+    float32); `lora_dropout` draws other, equally distributed masks; DoRA's dropout leaves the base matmul whole,
+    where PEFT drops x for the part (g - 1) x Wᵀ as well (the same expectation, with less variance); and over a 4-bit
+    weight the adapters, too, see x in bitsandbytes' compute dtype (bfloat16, say, though a norm has made x float32).
+    Second derivatives raise RuntimeError.
 
     Args:
         model: a `PeftModel`, or any model that holds PEFT's LoRA layers. Call it again after adding an adapter that

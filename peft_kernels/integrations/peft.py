@@ -1,7 +1,8 @@
 """`accelerate` and `restore` for Hugging Face PEFT's LoRA layers, by changing their class in place.
 
-`_peft_operands.py` says what a layer computes (`_peft_nf4.py` over 4-bit weights), `_peft_linear.py` and `_peft_embedding.py` are the layers,
-`_peft_groups.py` computes layers that share their input together, `_peft_mlp.py` whole feed-forward blocks.
+`_peft_operands.py` says what a layer computes (`_peft_nf4.py` over 4-bit weights), `_peft_linear.py` and
+`_peft_embedding.py` are the layers, `_peft_groups.py` computes layers that share their input together, `_peft_mlp.py`
+whole feed-forward blocks.
 """
 
 from __future__ import annotations
