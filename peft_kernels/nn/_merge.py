@@ -54,6 +54,10 @@ class Mergeable(nn.Module):
         """What merging replaces, with the merged values."""
         raise NotImplementedError
 
+    def _merged_sum(self) -> Tensor:
+        """The merged weight before it is rounded, in float32 at least."""
+        raise NotImplementedError
+
     def _merged_vectors(self) -> dict[str, Tensor]:
         """Those of them beside the weight."""
         return {}

@@ -108,10 +108,6 @@ class QuantisedMergeable(Mergeable, Quantised):
 
     _merge_error: MergeError | None = None
 
-    def _merged_sum(self) -> Tensor:
-        """The merged weight in float32."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def merge(self, requantize: bool = False) -> MergeError | None:
         """Folds the update into `weight`. The original is kept aside untouched: `unmerge` restores it bit for bit.

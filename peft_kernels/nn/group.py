@@ -13,10 +13,16 @@ from peft_kernels.functional.gated_activation import check_activation
 from peft_kernels.nn._layers import flags_kept, is_hooked
 from peft_kernels.nn._merge import merge_all
 from peft_kernels.nn.lora import FusedLoRALinear
+from peft_kernels.nn.nf4 import NF4Linear, is_quantised_linear
+from peft_kernels.nn.qlora import FusedQLoRALinear
+
+_FROZEN = (nn.Linear, NF4Linear)
+_ADAPTED = (FusedLoRALinear, FusedQLoRALinear)
 
 
 class LinearGroup(nn.Module):
-    """Named children, `FusedLoRALinear` or frozen `nn.Linear`, that one function computes.
+    """Named children, `FusedLoRALinear`, `FusedQLoRALinear`, or frozen `nn.Linear` and `NF4Linear`, that one function
+    computes.
 
     Names and parameters are those of the children: checkpoints, `save_adapter`, `merge_adapter` and the like see
     layers. A child that is more than plain LoRA (DoRA, an adapter bias), merged, hooked (FSDP, offloading, a user's
@@ -30,9 +36,11 @@ class LinearGroup(nn.Module):
         if len(names) != len(layers) or len(set(names)) != len(names):
             raise ValueError(f"{kind}: names is {list(names)}; expected {len(layers)} different names")
         for name, layer in zip(names, layers, strict=True):
-            if not isinstance(layer, FusedLoRALinear) and type(layer) is not nn.Linear:
+            if not isinstance(layer, FusedLoRALinear) and type(layer) not in _FROZEN:
                 given = f"{type(layer).__module__}.{type(layer).__qualname__}"
-                raise TypeError(f"{kind}: {name} is {given}; expected FusedLoRALinear or exactly torch.nn.Linear")
+                raise TypeError(
+                    f"{kind}: {name} is {given}; expected FusedLoRALinear, or exactly torch.nn.Linear or NF4Linear"
+                )
         self.names = tuple(names)
         for name, layer in zip(names, layers, strict=True):
             self.add_module(name, layer)
@@ -62,12 +70,13 @@ class LinearGroup(nn.Module):
             layer.unmerge()
 
     def to_linears(self) -> tuple[nn.Linear, ...]:
-        """For each child a plain `nn.Linear` with the merged weight; a frozen child is returned itself.
+        """For each child a plain `nn.Linear` with the merged weight; a frozen one is returned itself, and one in 4 bits
+        in full.
 
         Raises:
             ValueError: a merged weight is not finite.
         """
-        return tuple(layer.to_linear() if isinstance(layer, FusedLoRALinear) else layer for layer in self.layers)
+        return tuple(layer if type(layer) is nn.Linear else layer.to_linear() for layer in self.layers)
 
     def _adapted(self) -> dict[str, FusedLoRALinear]:
         named = zip(self.names, self.layers, strict=True)
@@ -81,7 +90,8 @@ class FusedLoRAGroup(LinearGroup):
     backward once, and widths (grouped-query attention) and ranks may differ.
 
     Args:
-        layers: `FusedLoRALinear` or, for projections without update, `nn.Linear`, all with the same in_features.
+        layers: `FusedLoRALinear` or, for projections without update, `nn.Linear`, all with the same in_features; each
+            dense or in 4 bits (`FusedQLoRALinear`, `NF4Linear`).
         names: theirs as children; "0", "1", ... when None.
 
     Raises:
@@ -105,7 +115,8 @@ class FusedLoRAGroup(LinearGroup):
         """Puts updates beside existing layers, sharing and freezing their weights and biases.
 
         Args:
-            linears: `nn.Linear` or transformers' `Conv1D`; what is a `FusedLoRALinear` already stays as it is.
+            linears: `nn.Linear` or transformers' `Conv1D`, or layers in 4 bits (`NF4Linear`, bitsandbytes'
+                `Linear4bit`), which stay in them; what is a `FusedLoRALinear` already stays as it is.
             r: rank of all, or of each; None for a layer that gets no update.
             names: of the children; "0", "1", ... when None.
             options: of `FusedLoRALinear.from_linear`, for all.
@@ -148,7 +159,8 @@ class FusedLoRASwiGLU(LinearGroup):
     activation is computed again.
 
     Args:
-        gate, up: `FusedLoRALinear` or, without update, `nn.Linear`, from hidden to intermediate.
+        gate, up: `FusedLoRALinear` or, without update, `nn.Linear`, from hidden to intermediate; dense or in 4 bits
+            (`FusedQLoRALinear`, `NF4Linear`).
         down: the same, from intermediate to out.
         activation: "silu" (SwiGLU), "gelu" (GeGLU with the error function) or "gelu_tanh".
         names: of the three children.
@@ -188,7 +200,8 @@ class FusedLoRASwiGLU(LinearGroup):
         """Puts updates beside existing layers, sharing and freezing their weights and biases.
 
         Args:
-            gate, up, down: `nn.Linear`; what is a `FusedLoRALinear` already stays as it is.
+            gate, up, down: `nn.Linear`, or layers in 4 bits, which stay in them; what is a `FusedLoRALinear` already
+                stays as it is.
             r: rank of all, or of each; None for a layer that gets no update.
             activation, names: as for the class.
             options: of `FusedLoRALinear.from_linear`, for all three.
@@ -258,25 +271,27 @@ def _adapt(kind: str, linears: Sequence[nn.Module], r: int | Sequence[int | None
         if isinstance(linear, FusedLoRALinear):
             layers.append(linear)
         elif rank is None:
-            layers.append(linear.requires_grad_(False))
+            layer = NF4Linear.from_linear(linear) if is_quantised_linear(linear) else linear
+            layers.append(layer.requires_grad_(False))
         else:
-            layers.append(FusedLoRALinear.from_linear(linear, rank, **options))
+            adapted = FusedQLoRALinear if is_quantised_linear(linear) else FusedLoRALinear
+            layers.append(adapted.from_linear(linear, rank, **options))
     return layers
 
 
 def _is_plain(layer: Any) -> bool:
     """Whether calling the layer would do no more than the fused function does with its tensors."""
     kind = type(layer)
-    return (kind is nn.Linear or (kind is FusedLoRALinear and layer._lean)) and not is_hooked(layer)
+    return (kind in _FROZEN or (kind in _ADAPTED and layer._lean)) and not is_hooked(layer)
 
 
 def _operands(layer: Any) -> tuple:
     """(weight, bias, A, B, scaling, probability), A and B None for a layer without update."""
-    if type(layer) is nn.Linear:
+    if type(layer) in _FROZEN:
         return layer.weight, layer.bias, None, None, 1.0, 0.0
     dropout_p = layer.lora_dropout if layer.training else 0.0
     return layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, dropout_p
 
 
 def _call(layer: Any, x: Tensor, token_mask: Tensor | None) -> Tensor:
-    return layer(x) if token_mask is None or type(layer) is nn.Linear else layer(x, token_mask=token_mask)
+    return layer(x) if token_mask is None or type(layer) in _FROZEN else layer(x, token_mask=token_mask)

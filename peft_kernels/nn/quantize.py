@@ -51,12 +51,11 @@ class QuantizeReport:
 
     def __str__(self) -> str:
         rows = [(x.name, f"{x.out_features} x {x.in_features}", x.bytes_before, x.bytes_after) for x in self.layers]
-        before, after = (sum(row[i] for row in rows) for i in (2, 3))
+        before, after = sum(x.bytes_before for x in self.layers), sum(x.bytes_after for x in self.layers)
         lines = [table(rows, ("layer", "shape", "bytes before", "after"))]
-        lines.append(
-            f"{len(rows)} layer{'s' * (len(rows) != 1)} in NF4: {before / 2**20:.1f} MiB are {after / 2**20:.1f}"
-        )
-        return "\n".join(lines + [f"passed over: {name}" for name in self.skipped])
+        lines.append(f"{len(rows)} layer{'s' * (len(rows) != 1)} in NF4: {before:,} bytes have become {after:,}")
+        lines += [f"passed over: {name}" for name in self.skipped]
+        return "\n".join(lines)
 
 
 def quantize_linears(
