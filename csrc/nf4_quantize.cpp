@@ -1,5 +1,4 @@
-// Weights to NF4 on the CPU: of each block the largest magnitude, then the indices of value / absmax, by a true division
-// as bitsandbytes does on a CPU.
+// Weights to NF4 on the CPU: of each block the largest magnitude, then the indices of value / absmax.
 #include "cpu_kernels.h"
 #include "nf4.h"
 #include "tile_sizes.h"
@@ -7,6 +6,7 @@
 namespace peft_kernels {
 namespace {
 constexpr int64_t kNf4MaxBlock = 4096;
+constexpr float kNf4LeastScale = 1e-38f;  // of bitsandbytes: what a block of zeros is divided by
 }
 }  // namespace peft_kernels
 

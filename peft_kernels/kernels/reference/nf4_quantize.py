@@ -1,6 +1,15 @@
-"""Specification of NF4's quantisation: the index of the nearest of 16 numbers after division by the block's absmax.
+"""Specification of NF4's quantisation: of each block the largest magnitude, then the nearest of 16 numbers to x / absmax.
 
-A value on the midpoint of two numbers takes the lower index. Source: bitsandbytes' quantize_4bit.
+The bytes are those of bitsandbytes' quantize_4bit on a CPU, rounding by rounding: in whole blocks x is multiplied by the
+float32 reciprocal of absmax, in a short last block it is divided; an absmax below 1e-38 counts as 1e-38, which a short
+last block also keeps as its own. On the midpoint of two numbers, in float32, the lower one is taken. An odd element at
+the end shares its byte with index 7, which is 0, and so do blocks of zeros.
+
+Where bitsandbytes' own backends disagree this is the rule: on CUDA its reciprocal is an approximate one, so that values
+within a rounding of a midpoint may get another index, and it writes -1 times an absmax of 0 for blocks of zeros, which
+decode to something else after double quantisation.
+
+Source: bitsandbytes 0.50, backends/default/ops.py and csrc/kernels.cu.
 """
 
 from __future__ import annotations
@@ -11,6 +20,7 @@ from torch import Tensor
 from peft_kernels.formats.nf4 import code
 
 _PIECE = 1 << 22
+_LEAST = 1e-38
 
 
 def unsupported(problem) -> str | None:
@@ -25,10 +35,20 @@ def forward(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=weight.device)
     for start in range(0, n, _PIECE):
         piece = values[start : start + _PIECE].float()
-        blocks = torch.nn.functional.pad(piece, (0, -len(piece) % blocksize)).view(-1, blocksize)
-        scale = blocks.abs().amax(1)
+        whole = len(piece) // blocksize * blocksize
+        scale, normed = _normed(piece[:whole].view(-1, blocksize), piece[whole:])
         absmax[start // blocksize : start // blocksize + len(scale)] = scale
-        indices = torch.bucketize((blocks / scale.unsqueeze(1)).nan_to_num_(0.0), midpoints).view(-1)[: len(piece)]
+        indices = torch.bucketize(normed, midpoints)
         indices = torch.nn.functional.pad(indices.to(torch.uint8), (0, len(piece) % 2), value=7).view(-1, 2)
         packed[start // 2 : start // 2 + len(indices)] = indices[:, 0] << 4 | indices[:, 1]
     return packed, absmax
+
+
+def _normed(blocks: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """(absmax of each block, all values over it), where `rest`, the short block, may be empty."""
+    scale = blocks.abs().amax(1)
+    normed = (blocks * (1.0 / scale.clamp(min=_LEAST)).unsqueeze(1)).view(-1)
+    if rest.numel() == 0:
+        return scale, normed
+    last = rest.abs().amax(0, keepdim=True).clamp(min=_LEAST)
+    return torch.cat((scale, last)), torch.cat((normed, rest / last))
