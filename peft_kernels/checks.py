@@ -105,6 +105,11 @@ def check_adapter(op: str, lora_A: Any, lora_B: Any, columns: tuple[int, str], r
     check_same_dtype(op, "lora_B", lora_B, lora_A.dtype, "lora_A")
 
 
+def check_blocksize(op: str, name: str, blocksize: Any) -> None:
+    if isinstance(blocksize, float) or blocksize not in BLOCKSIZES:
+        raise ValueError(f"{op}: {name} is {blocksize!r}; expected one of {', '.join(map(str, BLOCKSIZES))}")
+
+
 def check_nf4(op: str, name: str, q: Any) -> None:
     """Checks that the tensors of an NF4Weight are what its format says.
 
@@ -114,9 +119,13 @@ def check_nf4(op: str, name: str, q: Any) -> None:
     """
     if not isinstance(q, NF4Weight):
         raise TypeError(f"{op}: {name} is {type(q).__name__}; expected a peft_kernels.formats.nf4.NF4Weight")
-    if q.blocksize not in BLOCKSIZES:
-        raise ValueError(f"{op}: {name}.blocksize is {q.blocksize}; expected one of {', '.join(map(str, BLOCKSIZES))}")
+    check_blocksize(op, f"{name}.blocksize", q.blocksize)
     n, k, stride, first, *_ = q.layout
+    if n < 0 or k < 0 or stride < 0 or first < 0:
+        raise ValueError(
+            f"{op}: {name} has shape {shape_text(q.shape)}, first {first} and row_stride {q.row_stride}; "
+            "expected no negative number"
+        )
     last = first + (n - 1) * stride + k if n and k else 0
     blocks = -(-last // q.blocksize)
     wanted = {"packed": (torch.uint8, -(-last // 2)), "absmax": (torch.float32, blocks)}
@@ -136,7 +145,10 @@ def check_nf4(op: str, name: str, q: Any) -> None:
                 f"expected at least {least}, contiguous"
             )
         if tensor.device != q.device:
-            raise ValueError(f"{op}: {name}.{field} is on {tensor.device}, but {name}.packed is on {q.device}")
+            raise ValueError(
+                f"{op}: {name}.{field} is on {tensor.device}, but {name}.packed is on {q.device}; expected all on one "
+                "device"
+            )
 
 
 def check_weight(op: str, name: str, weight: Any, x: Tensor, shape: tuple, why: str) -> None:

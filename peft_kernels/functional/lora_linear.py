@@ -22,6 +22,7 @@ from peft_kernels.checks import (
     check_device,
     check_finite,
     check_floating,
+    check_nf4,
     check_probability,
     check_rank,
     check_same_dtype,
@@ -155,6 +156,16 @@ def explain_lora(op: str, x, weight, lora_A, lora_B, scaling, bias, dropout_p, n
     check_probability(op, "dropout_p", dropout_p)
 
 
+def check_lora_over_nf4(op: str, name: str, x, q, lora_A, lora_B, scaling, bias, dropout_p) -> None:
+    """As `explain_lora` for a weight of 4 bits. Of what is valid no message is formed: under torch.compile sizes may be
+    symbolic, and those cannot be part of one."""
+    check_nf4(op, name, q)
+    if not isinstance(x, Tensor) or not lora_fits(
+        x, q._replace(dtype=x.dtype), lora_A, lora_B, scaling, bias, dropout_p
+    ):
+        explain_lora(op, x, q, lora_A, lora_B, scaling, bias, dropout_p, name)
+
+
 def _joint_bias(weight, bias, lora_B, lora_bias, scaling) -> Tensor:
     """bias + scaling · lora_bias in at least float32: the op rounds it once, and its gradient comes back unrounded."""
     check_floating("lora_linear", "lora_bias", lora_bias)
@@ -172,7 +183,7 @@ def _over_nf4(
     """By the op for weights of 4 bits. It is chosen here, so that callers need not know what a layer's weight is."""
     if token_mask is not None:
         return _with_token_mask(x, q, lora_A, lora_B, scaling, bias, lora_bias, dropout_p, training, seed, token_mask)
-    explain_lora("lora_linear", x, q, lora_A, lora_B, scaling, bias, dropout_p)
+    check_lora_over_nf4("lora_linear", "weight", x, q, lora_A, lora_B, scaling, bias, dropout_p)
     if type(x) not in PLAIN and is_dtensor(x, lora_A, lora_B):
         dense_beside_dtensors("lora_linear", (q,))
     scaling, dropout_p = scaling * 1.0, dropout_p * 1.0 if training else 0.0

@@ -5,17 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from peft_kernels import ops
-from peft_kernels.checks import (
-    check_device,
-    check_finite,
-    check_floating,
-    check_nf4_matrix,
-    check_probability,
-    check_rank,
-    check_same_dtype,
-    check_shape,
-)
 from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.functional.lora_linear import check_lora_over_nf4
 from peft_kernels.functional.philox_dropout import seed_tensor
 
 _OP = "nf4_lora_linear"
@@ -63,24 +54,7 @@ def nf4_lora_linear(
             should be.
         TypeError: an argument is of the wrong type or dtype.
     """
-    check_floating(_OP, "x", x)
-    check_nf4_matrix(_OP, "q", q, x)
-    n, k = q.shape
-    check_floating(_OP, "lora_A", lora_A)
-    check_shape(_OP, "lora_A", lora_A, ("r", k), f"x has {k} features")
-    r = lora_A.shape[0]
-    check_rank(_OP, "r", r)
-    check_floating(_OP, "lora_B", lora_B)
-    check_shape(_OP, "lora_B", lora_B, (n, r), f"q has {n} output features and lora_A rank {r}")
-    check_same_dtype(_OP, "lora_B", lora_B, lora_A.dtype, "lora_A")
-    if bias is not None:
-        check_floating(_OP, "bias", bias)
-        check_shape(_OP, "bias", bias, (n,), f"q has {n} output features")
-        check_device(_OP, "bias", bias, x.device)
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        check_device(_OP, name, tensor, x.device)
-    check_finite(_OP, "scaling", scaling)
-    check_probability(_OP, "dropout_p", dropout_p)
+    check_lora_over_nf4(_OP, "q", x, q, lora_A, lora_B, scaling, bias, dropout_p)
     scaling, dropout_p = scaling * 1.0, dropout_p * 1.0
     if not training or dropout_p == 0:
         return ops.nf4_lora_linear.nf4_lora_linear(x, q, bias, lora_A, lora_B, scaling, 0.0, None)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from peft_kernels import ops
-from peft_kernels.checks import check_floating, shape_text
-from peft_kernels.formats.nf4 import BLOCKSIZES, NF4Weight, nested
+from peft_kernels.checks import check_blocksize, check_floating, shape_text
+from peft_kernels.formats.nf4 import NF4Weight, nested
 
 _OP = "nf4_quantize"
 
@@ -33,8 +33,7 @@ def nf4_quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True)
     if weight.ndim not in (2, 3):
         shape = shape_text(weight.shape)
         raise ValueError(f"{_OP}: weight has shape {shape}; expected (out, in) or (experts, out, in)")
-    if isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
-        raise ValueError(f"{_OP}: blocksize is {blocksize!r}; expected one of {', '.join(map(str, BLOCKSIZES))}")
+    check_blocksize(_OP, "blocksize", blocksize)
     weight = weight.detach()
     packed, absmax = ops.nf4_quantize.nf4_quantize(weight, blocksize)
     if not weight.is_meta and not absmax.isfinite().all():
