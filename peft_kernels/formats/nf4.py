@@ -30,6 +30,10 @@ CODE = (
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 
+QUANT_STATE = "quant_state.bitsandbytes__nf4"
+STATE_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE)
+"""What follows a weight's name and a dot in checkpoints: see `formats.nf4_state`."""
+
 
 @functools.cache
 def code(device: torch.device | str = "cpu") -> Tensor:
@@ -194,25 +198,29 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
 def nested(q: NF4Weight) -> NF4Weight:
     """Double quantisation: the absmax values of `q`, less their mean, in 8 bits, in blocks of 256 with an absmax each.
 
-    A value takes the nearest entry of `dynamic_map` after multiplication by 1 / its block's absmax, of two that are as
-    near the lower one. On a CPU bitsandbytes first rounds it to one of 65536 even steps of [-1, 1]; so that its bytes come
-    out, so does this on a CPU.
+    A value takes the nearest entry of `dynamic_map` after multiplication by the float32 reciprocal of its block's absmax,
+    of two that are as near the lower one; in a block of zeros, the first. On a CPU bitsandbytes first rounds it to one of
+    65536 even steps of [-1, 1]; so that its bytes come out, so does this on a CPU.
+
+    Raises:
+        ValueError: the absmax values are too large for float32 to hold their sum.
     """
-    offset, table = q.absmax.mean(), dynamic_map(q.device)
+    table = dynamic_map(q.device)
+    offset = q.absmax.mean() if q.absmax.numel() else q.absmax.new_zeros(())
+    if not q.absmax.is_meta and not offset.isfinite():
+        raise ValueError("double quantisation: weight is too large, the mean of its absmax values is not finite")
     values = q.absmax - offset
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
-    scales = blocks.abs().amax(1, keepdim=True)
-    normed = (blocks * (1 / scales)).clamp_(-1, 1)
+    scales = blocks.abs().amax(1)
+    normed = (blocks * (1 / scales).unsqueeze(1)).clamp_(-1, 1).nan_to_num_(0.0)
     midpoints = (table[:-1] + table[1:]) * 0.5
     if q.device.type == "cpu":
         steps = -1.0 + 2.0 * torch.arange(65536, dtype=torch.float32) / 65535
-        nearest = torch.bucketize(steps, midpoints).to(torch.uint8)
-        indices = nearest[((normed + 1) * 0.5 * 65535 + 0.5).nan_to_num_(0.0).int()]
+        indices = torch.bucketize(steps, midpoints)[((normed + 1) * 0.5 * 65535 + 0.5).int()]
     else:
-        indices = torch.bucketize(normed, midpoints).to(torch.uint8)
-    indices = torch.where(scales > 0, indices, 0).view(-1)[: values.numel()].contiguous()
-    scales = scales.view(-1)
-    return q._replace(absmax=indices, nested_absmax=scales, nested_map=table, nested_offset=offset)
+        indices = torch.bucketize(normed, midpoints)
+    indices = torch.where((scales > 0).unsqueeze(1), indices, 0).to(torch.uint8).view(-1)[: values.numel()]
+    return q._replace(absmax=indices.clone(), nested_absmax=scales, nested_map=table, nested_offset=offset)
 
 
 def from_bitsandbytes(params: Any) -> NF4Weight:
