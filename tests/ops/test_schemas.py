@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 from peft_kernels import ops
 from peft_kernels.ops._weights import split
 from peft_kernels.problems import Draw, nf4_weight
+from tests.problems.nf4 import part_of
 
 F32, BF16 = torch.float32, torch.bfloat16
 ALL = (True,) * 5
@@ -121,6 +122,22 @@ def over_nf4(arguments, weights: int, gradients: tuple = ()):
     return *before, [*firsts, *others], layouts, *last
 
 
+def nf4_operand(part="whole", **options) -> tuple:
+    """The tensors and the layout of a weight [17, 31]."""
+    q = part_of(part, 17, 31, **options)
+    return q.tensors, q.layout
+
+
+def nf4_lora_arguments(part="whole", nested=True, **options):
+    x, _, *others = lora_arguments(**options)
+    return x, *nf4_operand(part, nested=nested), *others
+
+
+def nf4_lora_backward(needs=(True,) * 4, part="whole", **options):
+    grad_y, x, s, _, *others, _ = backward_arguments(ALL, **options)
+    return grad_y, x if needs[2] else None, s if needs[3] else None, *nf4_operand(part), *others, needs
+
+
 # Per op, arguments on the CPU without autograd (autograd lives outside the registered op).
 ARGUMENTS = {
     "lora_linear": [
@@ -225,6 +242,36 @@ ARGUMENTS = {
         expert_backward(needs=(False, True, False, False, False)),
         over_nf4(expert_backward(seed=3), 3, gradients=(1,)),
     ],
+    "nf4_linear": [
+        (torch.randn(3, 5, 31), *nf4_operand(), torch.randn(17)),
+        (torch.randn(31), *nf4_operand(nested=False), None),
+        (torch.randn(0, 31), *nf4_operand("rows"), None),
+        (torch.randn(2, 31, 5).to(BF16).transpose(1, 2), *nf4_operand("corner"), torch.randn(17)),
+    ],
+    "nf4_linear_backward": [
+        (torch.randn(3, 5, 17), *nf4_operand()),
+        (torch.randn(17), *nf4_operand("expert")),
+        (torch.randn(0, 17), *nf4_operand()),
+        (torch.randn(2, 17, 5).to(BF16).transpose(1, 2), *nf4_operand("columns")),
+    ],
+    "nf4_lora_linear": [
+        nf4_lora_arguments(),
+        nf4_lora_arguments(batch=()),
+        nf4_lora_arguments(batch=(0,), nested=False),
+        nf4_lora_arguments(dtype=BF16, seed=3, strided=True, part="corner", bias=False),
+    ],
+    "nf4_lora_linear_backward": [
+        nf4_lora_backward(),
+        nf4_lora_backward(batch=(0,)),
+        nf4_lora_backward(needs=(False, False, True, False), seed=3),
+        nf4_lora_backward(needs=(True, True, False, True), dtype=BF16, seed=3, strided=True, part="columns"),
+    ],
+    "nf4_dequantize": [
+        (*nf4_operand(), F32),
+        (*nf4_operand("columns", nested=False), BF16),
+        (*nf4_operand("expert"), torch.float64),
+    ],
+    "nf4_quantize": [(torch.randn(17, 31), 64), (torch.randn(31, 17).to(BF16).t(), 4096), (torch.randn(0, 4), 32)],
     "philox_dropout": [
         (torch.randn(5, 33), 0.3, torch.tensor([1]), 0),
         (torch.randn(2, 3, 16).transpose(0, 1), 0.3, torch.tensor([1]), 4),
