@@ -211,3 +211,44 @@ def test_the_bundled_encoder_trains_on_docstrings(tmp_path, monkeypatch, docstri
     assert result["recall_before"] > 0.5
     assert result["recall_after"] > 0.5
     assert result["train_examples"] > 1000
+
+
+def test_qlora_trains_beside_lora_and_agrees_with_peft(tmp_path, encoder, pairs, capsys):
+    """Over the same 4 bits PEFT on bitsandbytes has the same losses; over the dense weights they differ by what 4 bits
+    lose."""
+    pytest.importorskip("bitsandbytes")
+    arguments = ["--model", encoder, "--data", pairs, "--method", "qlora", "--compare"]
+    code, figures = finetune(tmp_path, *arguments, steps=20)
+    assert code == 0
+    assert figures["relative_loss_difference"] < 1e-4
+    assert figures["recall_before"] == figures["peft"]["recall_before"]
+    assert figures["lora"]["relative_loss_difference"] > 1e-4
+    assert figures["lora"]["recall_after"] > figures["lora"]["recall_before"]
+    assert figures["losses"][-1] < 0.9 * figures["losses"][0]
+    assert figures["weights_bytes"] < 0.8 * figures["lora"]["weights_bytes"]
+    shown = capsys.readouterr().out
+    assert "QLoRA" in shown
+    assert "of LoRA's" in shown
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+
+
+def test_double_quantisation_can_be_left_out(tmp_path, encoder, pairs, monkeypatch):
+    built = []
+    build = job.build_lanes
+    monkeypatch.setattr(job, "build_lanes", lambda *arguments: built.append(build(*arguments)) or built[-1])
+    arguments = ["--model", encoder, "--data", pairs, "--method", "qlora"]
+    assert finetune(tmp_path / "nested", *arguments, steps=1)[0] == 0
+    assert finetune(tmp_path / "plain", *arguments, "--no-double-quant", steps=1)[0] == 0
+    nested = [{layer.weight.is_nested for layer in model.fused_layers(lanes[0].model).values()} for lanes in built]
+    assert nested == [{True}, {False}]
+
+
+def test_optimizer_states_in_8_bits(tmp_path, encoder, pairs):
+    pytest.importorskip("bitsandbytes")
+    arguments = ["--model", encoder, "--data", pairs]
+    plain = finetune(tmp_path / "plain", *arguments, "--r", "64", steps=8)[1]
+    narrow = finetune(tmp_path / "narrow", *arguments, "--r", "64", "--optim", "paged-adamw8bit", steps=8)[1]
+    assert narrow["optim"] == "paged-adamw8bit"
+    assert narrow["losses"] == pytest.approx(plain["losses"], rel=0.1)
+    assert narrow["losses"] != plain["losses"]

@@ -69,7 +69,8 @@ def _owned(model: nn.Module) -> list[Tensor]:
     states = [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
     nested = [state.state2 for state in states if state.nested]
     quantised = [tensor for weight in weights for tensor in weight.tensors]
-    return [*model.parameters(), *model.buffers(), *quantised, *(state.absmax for state in (*states, *nested))]
+    quantised += [tensor for state in (*states, *nested) for tensor in (state.absmax, state.code)]
+    return [*model.parameters(), *model.buffers(), *quantised]
 
 
 def _resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
