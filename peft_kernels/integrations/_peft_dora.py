@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import dora
+from peft.tuners.lora.layer import Linear
 from torch import Tensor
 from torch.nn.parameter import Parameter
 from transformers.pytorch_utils import Conv1D
@@ -19,13 +20,14 @@ _CACHE = "peft_kernels-weight-norm"
 
 
 class Dora(NamedTuple):
-    """Operands of DoRA: those of LoRA, the magnitude [N], and who keeps norms."""
+    """Operands of DoRA: those of LoRA, the magnitude [N], who keeps norms, and the layer's class."""
 
     plain: tuple
     magnitude: Tensor
     norms: Norms
     dora_layer: Any
     name: str
+    kind: type
 
     def output(self, x: Tensor) -> Tensor:
         weight, bias, lora_A, lora_B, _, scaling, dropout_p = self.plain
@@ -33,7 +35,10 @@ class Dora(NamedTuple):
             input_of(weight, x), weight, lora_A, lora_B, self.magnitude, scaling=scaling, bias=bias,
             dropout_p=dropout_p, weight_norm=self._weight_norm(),
         )  # fmt: skip
-        return output_for(x, weight, y)
+        if issubclass(self.kind, Linear) or not torch.is_autocast_enabled():
+            return output_for(x, weight, y)
+        # Under CUDA's autocast PEFT's 4-bit layer leaves its result as wide as the magnitude.
+        return y.to(torch.promote_types(x.dtype, self.magnitude.dtype))
 
     def _weight_norm(self) -> Tensor:
         weight, _, lora_A, lora_B, _, scaling, _ = self.plain
@@ -115,4 +120,6 @@ def dora_operands(layer: Any, x: Tensor | None, plain: tuple | str, name: str) -
         return f"the magnitude is {magnitude.dtype} on {magnitude.device}, unlike the adapter or the base weight"
     norms = layer.__dict__.setdefault("_peft_kernels_norms", Norms())
     # PEFT asks the layer whether to drop at all, and its dropout module how.
-    return Dora((*first, None, scaling, dropout_p if layer.training else 0.0), magnitude, norms, module, name)
+    return Dora(
+        (*first, None, scaling, dropout_p if layer.training else 0.0), magnitude, norms, module, name, type(layer)
+    )

@@ -1,11 +1,13 @@
-"""Counting which path ran."""
+"""Counting which path ran; a process group."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("peft", reason="needs Hugging Face PEFT: pip install 'peft-kernels[peft]'")
 
@@ -48,6 +50,16 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     for name in OPS:
         monkeypatch.setattr(functional, name, calls.watch(name, getattr(functional, name)))
     return calls
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    if not dist.is_available() or dist.is_initialized():
+        pytest.skip("needs a torch with distributed, in a process that has not begun to use it")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session", autouse=True)

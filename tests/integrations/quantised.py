@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,14 +42,16 @@ def toy(k: int = 64, n: int = 64, *, adapter: dict | None = None, **options) -> 
     return adapted(quantise(Toy(k, n), **options), target_modules=["first", "second"], **(adapter or {}))
 
 
-def llama(*, adapter: dict | None = None, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
-    """Every K a multiple of 64, where bitsandbytes is right on any CPU."""
+def llama(*, adapter=None, dtype: torch.dtype = torch.float32, prepared: bool = False, **options) -> nn.Module:
+    """Every K a multiple of 64, where bitsandbytes is right on any CPU. `prepared`: for training, by PEFT."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=models.VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, use_cache=False,
     )  # fmt: skip
     model = quantise(LlamaForCausalLM(config).to(dtype), **options)
+    if prepared:
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted(model, target_modules=models.TARGETS[models.llama], **(adapter or {}))
 
 

@@ -12,7 +12,7 @@ from peft.tuners.lora import bnb as peft_bnb
 
 from peft_kernels import accelerate, check
 from peft_kernels.integrations.peft import LINEARS
-from tests.integrations import models, quantised
+from tests.integrations import blocks, models, quantised
 from tests.integrations.models import TOLERANCES, features, randomise, tokens
 from tests.integrations.quantised import dense
 
@@ -206,6 +206,39 @@ def test_dora_norms_of_the_base_weight_are_kept_until_it_is_another(fused, monke
     base.weight = other.weight
     models.assert_close(model, models.twin(model), features(5, 64))
     assert sum(counts) == 3
+
+
+def test_dora_under_cudas_autocast_is_as_wide_as_pefts(fused):
+    """PEFT asks for CUDA's autocast, whatever the device."""
+    model = quantised.toy(compute=torch.bfloat16, adapter={"use_dora": True})
+    stock = models.twin(model)
+    accelerate(model, strict=True)
+    x, before = features(5, 64, dtype=torch.bfloat16), torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = first(model)(x), first(stock)(x)
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    assert y.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+    assert fused() == 1
+
+
+@pytest.mark.parametrize("dense_projection", ["q", "v"])
+def test_groups_of_dense_and_four_bit_layers(dense_projection, fused):
+    """Together while x has the dense layer's dtype, which is the others' compute dtype."""
+    torch.manual_seed(1)
+    base = blocks.Attention(64)
+    for name in {"q", "k", "v", "o"} - {dense_projection}:
+        base.set_submodule(name, quantised.quantised(base.get_submodule(name)))
+    base.is_loaded_in_4bit = True
+    model = models.adapted(base, target_modules=["q", "k", "v", "o"])
+    stock = models.twin(model)
+    report = accelerate(model, strict=True)
+    models.assert_close(model, stock, features(5, 64))
+    assert fused.ops()["lora_linear_group"] == 1
+    assert report.calls.ended == {}
 
 
 # x, compute dtype (None: fixed by the first call), adapters, autocast

@@ -23,6 +23,7 @@ from tests.integrations import models, quantised
 from tests.integrations.models import features, tokens
 from tests.integrations.quantised import bnb
 from tests.integrations.test_accelerate_nf4 import first, layers_of, pair, two_adapters
+from tests.integrations.test_accelerate_sharded import ddp, fsdp_of_blocks
 
 TARGETS = ["first", "second"]
 REQUANTISES = "ignore:.*erge lora module to 4-bit linear may get different generations"
@@ -213,6 +214,45 @@ def test_compiled_whole_blocks(fused):
     models.assert_close(model, stock, tokens(model))
     assert fused.ops()["lora_swiglu_mlp"]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("shard", [ddp, fsdp_of_blocks], ids=lambda shard: shard.__name__)
+def test_sharded(shard, storage, world, fused):
+    """FSDP2 puts a plain tensor where the parameter was, at another address in backward."""
+    model = quantised.llama(quant_storage=storage)
+    stock = models.twin(model)
+    report = accelerate(model, strict=True)
+    wrapped = shard(model)
+    loss, expected = wrapped(**tokens(model)).loss, stock(**tokens(stock)).loss
+    for value in (loss, expected):
+        value.backward()
+    torch.testing.assert_close(loss, expected)
+    for (name, parameter), truth in zip(model.named_parameters(), stock.parameters(), strict=True):
+        if parameter.requires_grad:
+            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            torch.testing.assert_close(grad, truth.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert fused() == report.fused
+    assert report.fallbacks == {}
+
+
+def test_prepared_by_peft_for_training(fused):
+    """Norms and the head in float32, so that x is, beside a compute dtype of 16 bits; and checkpointing."""
+    model = quantised.llama(compute=torch.bfloat16, dtype=torch.bfloat16, prepared=True).train()
+    stock = models.twin(model)
+    report = accelerate(model, strict=True)
+    losses = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for module in (model, stock):
+            loss = module(**tokens(model)).loss
+            loss.backward()
+            losses.append(float(loss.detach()))
+    assert fused() >= 2 * report.fused
+    assert report.fallbacks == report.calls.ended == {}
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    grads = [torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad]) for module in (model, stock)]
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    assert float((grads[0] - grads[1]).norm() / grads[1].norm()) < 3e-2
 
 
 def test_check_finds_a_wrong_product_and_leaves_bitsandbytes_as_it_was(monkeypatch, fused):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -13,15 +12,6 @@ from tests.integrations import models
 from tests.integrations.models import llama, tokens, transformer
 
 TOGETHER = {"lora_linear_group": 2, "lora_linear": 2, "lora_swiglu_mlp": 2}
-
-
-@pytest.fixture
-def world(tmp_path):
-    if not dist.is_available() or dist.is_initialized():
-        pytest.skip("needs a torch with distributed, in a process that has not begun to use it")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def blocks(model):
