@@ -19,7 +19,8 @@ def nf4_dequantize(
     columns = columns // ENDS * ENDS  # the same number, but the compiler sees how far rows are aligned
     origin = tl.program_id(0).to(tl.int64) * BLOCK
     if FLAT and MASKED:
-        # One segment of all is short: only its program pays for masks, which would take the others' vector accesses.
+        # One segment of all is short. Only its program pays for masks, which would take the others' vector accesses,
+        # and reads single bytes, because the last word may be cut short too.
         if (origin + BLOCK) * SEGMENT <= columns:
             _segments(
                 packed, absmax, nested_absmax, nested_map, nested_offset, first, row_stride, out, origin, rows, columns,
@@ -28,7 +29,8 @@ def nf4_dequantize(
         else:
             _segments(
                 packed, absmax, nested_absmax, nested_map, nested_offset, first, row_stride, out, origin, rows, columns,
-                per_row, BLOCK, SEGMENT, SHIFT, ALIGNED, FORM, STRADDLES, True, ENDS, FLAT,
+                per_row, BLOCK, SEGMENT, SHIFT, ALIGNED, "pairs" if FORM == "table" else FORM, STRADDLES, True, ENDS,
+                FLAT,
             )  # fmt: skip
     else:
         _segments(
@@ -61,7 +63,7 @@ def _segments(
         left = columns - column
         inside = row < tl.minimum(rows - above, BLOCK).to(tl.int32)
     weight = weights(
-        packed, absmax, nested_absmax, nested_map, nested_offset, codes(FORM), start, left, inside,
+        packed, absmax, nested_absmax, nested_map, nested_offset, codes(FORM), start, left, inside & (left > 0),
         out.dtype.element_ty, BLOCK, SEGMENT, SHIFT, ALIGNED, FORM, STRADDLES, MASKED, ENDS,
     )  # fmt: skip
     valid = inside[:, None]

@@ -50,6 +50,7 @@ def nf4_grad_x(
         *layout.arguments, grad_y, grad_s, a, out, seed, m, n, k, r, n_per_split, *grad_y.stride(),
         *(grad_s.stride() if grad_s is not None else (0, 0)), *(a.stride() if a is not None else (0, 0)),
         -(-k // LANES), threshold(dropout_p), scaling * scale(dropout_p),
+        WHOLE=layout.whole(config.block_k) and n % config.block_n == 0,
         PRECISION=_launch.dot_precision(grad_y.dtype),
         **{**config.options(), "BLOCK_R": min(_launch.padded_rank(max(r, 1)), config.block_r)}, **layout.options,
     )  # fmt: skip
@@ -64,6 +65,7 @@ def _nf4_grad_x(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr, SEGMENT: tl.constexpr, SHIFT: tl.constexpr, ALIGNED: tl.constexpr, FORM: tl.constexpr,
     STRADDLES: tl.constexpr, MASKED: tl.constexpr, ENDS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out [split, M, K], contiguous; s and a None without a low-rank part, which is the first split's."""
     row, column = tile_of(tl.program_id(0), M, K, BLOCK_M, BLOCK_K, GROUP_M)
@@ -87,16 +89,22 @@ def _nf4_grad_x(
     start = first + (begin + w_rows).to(tl.int64) * row_stride + column + offset
     table = codes(FORM)
 
+    # Rows beyond the last are the last again: loads need no mask, and what they give is not stored.
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_K)
-    rows_in, columns_in = rows < M, columns < K
     inner = tl.arange(0, BLOCK_N)
-    y_pointers = grad_y + rows[:, None] * stride_ym + (begin + inner)[None, :].to(tl.int64) * stride_yn
+    y_pointers = (
+        grad_y + tl.minimum(rows, M - 1)[:, None] * stride_ym + (begin + inner)[None, :].to(tl.int64) * stride_yn
+    )
     y_step, w_step = BLOCK_N * tl.cast(stride_yn, tl.int64), BLOCK_N * tl.cast(row_stride, tl.int64)
     for n in range(begin, end, BLOCK_N):
-        y_tile = tl.load(y_pointers, mask=rows_in[:, None] & (inner < end - n)[None, :], other=0.0)
+        if WHOLE:
+            y_tile = tl.load(y_pointers)
+        else:
+            y_tile = tl.load(y_pointers, mask=(inner < end - n)[None, :], other=0.0)
         w_tile = weights(
-            packed, absmax, nested_absmax, nested_map, nested_offset, table, start, left, w_rows < end - n,
-            grad_y.dtype.element_ty, BLOCK_N * per_row, SEGMENT, SHIFT, ALIGNED, FORM, STRADDLES, MASKED, ENDS,
+            packed, absmax, nested_absmax, nested_map, nested_offset, table, start, left,
+            None if WHOLE else (w_rows < end - n) & (left > 0), grad_y.dtype.element_ty,
+            BLOCK_N * per_row, SEGMENT, SHIFT, ALIGNED, FORM, STRADDLES, MASKED, ENDS,
         )  # fmt: skip
         w_tile = tl.reshape(w_tile, (BLOCK_N, BLOCK_K))
         total = tl.dot(y_tile, w_tile, total, input_precision=PRECISION)
@@ -105,4 +113,4 @@ def _nf4_grad_x(
 
     out += split.to(tl.int64) * M * K
     pointers = out + rows[:, None] * K + columns[None, :]
-    tl.store(pointers, total.to(out.dtype.element_ty), mask=rows_in[:, None] & columns_in[None, :])
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])

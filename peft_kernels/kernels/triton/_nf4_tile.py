@@ -45,6 +45,11 @@ class Layout(NamedTuple):
     segment: int
     columns: int
 
+    def whole(self, block_k: int) -> bool:
+        """Whether tiles of so many columns consist of segments that are whole and lie in one block: loads then need no
+        masks."""
+        return not self.options["STRADDLES"] and self.columns % block_k == 0
+
 
 def layout_of(q: NF4Weight, *, flat: bool = False) -> Layout:
     """The layout of `q`, a matrix; with `flat`, of a contiguous one, as a single row."""
@@ -60,7 +65,7 @@ def layout_of(q: NF4Weight, *, flat: bool = False) -> Layout:
     masked = k % segment != 0
     if alignment % 2:
         form = NIBBLES
-    elif within and not _launch.INTERPRETED and q.dtype.itemsize == 2 and not (masked and not flat):
+    elif within and q.dtype.itemsize == 2 and not (masked and not flat) and _words(q) and not _launch.INTERPRETED:
         form = TABLE
     else:
         form = PAIRS
@@ -79,6 +84,11 @@ def layout_of(q: NF4Weight, *, flat: bool = False) -> Layout:
     return Layout((*tensors, first, stride), options, segment, k)
 
 
+def _words(q: NF4Weight) -> bool:
+    """Whether the packed bytes can be read 4 at a time."""
+    return q.packed.data_ptr() % 4 == 0
+
+
 def table_assembly(dtype: str) -> str:
     """PTX that makes the 8 table registers of a block from its absmax ($8): the low bytes of products 0-3, 4-7, 8-11,
     12-15, then the high bytes. `dtype` is PTX's name of a pair."""
@@ -95,40 +105,32 @@ def _float_bits(value: float) -> str:
     return f"0f{torch.tensor(value).view(torch.int32).item() & 0xFFFFFFFF:08X}"
 
 
-# 4 packed bytes in $4, the registers of their block's table in $5, $9 ... $33: the operands come once for each byte, and
-# one of the four is enough. $0, $1: the weights in the high halves of the bytes, $2, $3: in the low ones.
-LOOKUP_ASSEMBLY = """{
-.reg .b32 s, p, a, b, l, h, m;
-and.b32 s, $4, 0x77777777;
-shr.u32 p, $4, 1;
-and.b32 p, p, 0x44444444;
-or.b32 p, p, 0x32103210;
-prmt.b32 a, $5, $9, s;
-prmt.b32 b, $13, $17, s;
-prmt.b32 l, a, b, p;
-prmt.b32 a, $21, $25, s;
-prmt.b32 b, $29, $33, s;
-prmt.b32 h, a, b, p;
-prmt.b32 $0, l, h, 0x7351;
-prmt.b32 $2, l, h, 0x6240;
-shr.u32 s, s, 16;
-shr.u32 p, p, 16;
-prmt.b32 a, $5, $9, s;
-prmt.b32 b, $13, $17, s;
-prmt.b32 l, a, b, p;
-prmt.b32 a, $21, $25, s;
-prmt.b32 b, $29, $33, s;
-prmt.b32 h, a, b, p;
-prmt.b32 $1, l, h, 0x7351;
-prmt.b32 $3, l, h, 0x6240;
-}"""
+def lookup_assembly() -> str:
+    """PTX that looks up the 8 weights $0 ... $7 of a word $8 of packed bytes in the table registers $9 ... $16.
+
+    The three low bits of an index select a byte in each half of a table, its high bit the half. `prmt` takes the
+    selectors of 4 results, so the word serves in two steps.
+    """
+    lines = ["{", ".reg .b32 s, p, a, b, l, h;", "and.b32 s, $8, 0x77777777;", "shr.u32 p, $8, 1;"]
+    lines += ["and.b32 p, p, 0x44444444;", "or.b32 p, p, 0x32103210;"]
+    for step in (0, 4):
+        if step:
+            lines += ["shr.u32 s, s, 16;", "shr.u32 p, p, 16;"]
+        for byte, t in (("l", 9), ("h", 13)):
+            lines += [f"prmt.b32 a, ${t}, ${t + 1}, s;", f"prmt.b32 b, ${t + 2}, ${t + 3}, s;"]
+            lines += [f"prmt.b32 {byte}, a, b, p;"]
+        # The high half of a byte is the earlier weight.
+        for pair, selector in ((0, "0x4051"), (2, "0x6273")):
+            lines += [f"prmt.b32 a, l, h, {selector};", f"mov.b32 {{${step + pair}, ${step + pair + 1}}}, a;"]
+    return "\n".join([*lines, "}"])
+
 
 _CODE = tl.constexpr(CODE)
 _TABLE_OF_BFLOAT16 = tl.constexpr(table_assembly("bf16x2"))
 _TABLE_OF_FLOAT16 = tl.constexpr(table_assembly("f16x2"))
 _TABLE_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,f")
-_LOOKUP = tl.constexpr(LOOKUP_ASSEMBLY)
-_LOOKUP_OPERANDS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 33))
+_LOOKUP = tl.constexpr(lookup_assembly())
+_LOOKUP_OPERANDS = tl.constexpr(",".join(["=&h"] * 8 + ["r"] * 9))
 
 
 @triton.jit
@@ -152,103 +154,130 @@ def codes(FORM: tl.constexpr):
 
 
 @triton.jit
-def _scales(absmax, nested_absmax, nested_map, nested_offset, block, inside):
-    """The float32 absmax of these blocks; anything finite where not inside, unless all of them are not finite."""
-    if nested_absmax is None:
-        scale = tl.load(absmax + block, mask=inside, other=0.0)
+def _load(pointers, inside):
+    """0 where not inside; `inside` None: everywhere."""
+    if inside is None:
+        return tl.load(pointers)
     else:
-        index = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-        coarse = tl.load(nested_absmax + (block >> 8), mask=inside, other=0.0)
-        scale = tl.load(nested_map + index, mask=inside, other=0.0) * coarse + tl.load(nested_offset)
+        return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def _scales(absmax, nested_absmax, nested_map, nested_offset, block, inside):
+    """The float32 absmax of these blocks; where not inside, a number that is finite if the nested offset is."""
+    if nested_absmax is None:
+        scale = _load(absmax + block, inside)
+    else:
+        index = _load(absmax + block, inside).to(tl.int32)
+        scale = _load(nested_map + index, inside) * _load(nested_absmax + (block >> 8), inside)
+        scale += tl.load(nested_offset)
     return scale
 
 
 @triton.jit
-def permuted_columns(BLOCK_K: tl.constexpr, SEGMENT: tl.constexpr):
-    """Which column comes at each place of a tile whose weights are permuted (`weights`)."""
-    place = tl.arange(0, BLOCK_K)
-    chunk, half, lane = place % SEGMENT // 16, place // 8 % 2, place // 2 % 4
-    return place // SEGMENT * SEGMENT + lane * (SEGMENT // 4) + chunk * 4 + half * 2 + place % 2
+def permuted(weight, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile [ROWS, COLUMNS] whose columns are so ordered that what a lane of sm_90's warp-group instructions takes of
+    a row, 4 of every 16, was together in memory: a lane then makes the tables of few blocks."""
+    parts = tl.permute(tl.reshape(weight, (ROWS, 4, COLUMNS // 16, 2, 2)), (0, 2, 3, 1, 4))
+    return tl.reshape(parts, (ROWS, COLUMNS))
 
 
 @triton.jit
-def _permuted(packed, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr):
-    """Bytes so ordered that what a lane of the tensor core's instructions takes was together in memory."""
-    parts = tl.reshape(packed, (SEGMENTS, 4, SEGMENT // 16, 2))
-    return tl.reshape(tl.permute(parts, (0, 2, 3, 1)), (SEGMENTS, SEGMENT // 2))
+def permuted_columns(COLUMNS: tl.constexpr):
+    """Which column comes at each place of a tile that is `permuted`."""
+    place = tl.arange(0, COLUMNS)
+    chunk, half, lane = place // 16, place // 8 % 2, place // 2 % 4
+    column = lane * (COLUMNS // 4) + chunk * 4 + half * 2 + place % 2
+    return tl.max_contiguous(tl.multiple_of(column, 2), 2)
 
 
 @triton.jit
 def weights(
     packed, absmax, nested_absmax, nested_map, nested_offset, table, start, left, inside, DTYPE: tl.constexpr,
     SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, SHIFT: tl.constexpr, ALIGNED: tl.constexpr, FORM: tl.constexpr,
-    STRADDLES: tl.constexpr, MASKED: tl.constexpr, ENDS: tl.constexpr, PERMUTED: tl.constexpr = False,
+    STRADDLES: tl.constexpr, MASKED: tl.constexpr, ENDS: tl.constexpr,
 ):  # fmt: skip
-    """[SEGMENTS, SEGMENT] of DTYPE: the elements from `start` (int64 [SEGMENTS]) on, `left` of them where `inside`.
+    """[SEGMENTS, SEGMENT] of DTYPE: the elements from `start` (int64 [SEGMENTS]) on, `left` of them where `inside`;
+    `inside` None: all of every segment.
 
     Segments may be cut short only when MASKED; the rest of such a segment is 0. ALIGNED divides every start, ENDS every
-    `left`; a visible multiple of it is loaded in wider pieces. With PERMUTED, only where a segment lies in one block and is not MASKED, the columns come in the order of
-    `permuted_columns`.
+    `left`; where the compiler sees that it does, several bytes are loaded at once.
     """
-    inside &= left > 0
     block = start >> SHIFT
     scale = _scales(absmax, nested_absmax, nested_map, nested_offset, block, inside)[:, None]
-    if STRADDLES:
-        boundary = (((block + 1) << SHIFT) - start).to(tl.int32)
-        beyond = inside & (boundary < tl.minimum(left, SEGMENT))
-        next_scale = _scales(absmax, nested_absmax, nested_map, nested_offset, block + 1, beyond)[:, None]
-
-    if FORM == "nibbles":
-        column = tl.arange(0, SEGMENT)[None, :]
-        number = start[:, None] + column
-        byte = tl.load(packed + (number >> 1), mask=inside[:, None] & (column < left[:, None]), other=0).to(tl.int32)
-        index = tl.where(number % 2 == 0, byte >> 4, byte & 15)
-        value = tl.reshape(tl.gather(table, tl.reshape(index, (SEGMENTS * SEGMENT,)), 0), (SEGMENTS, SEGMENT))
-        if STRADDLES:
-            scale = tl.where(column < boundary[:, None], scale, next_scale)
-        weight = (value * scale).to(DTYPE)
+    column = tl.arange(0, SEGMENT)[None, :]
+    if FORM == "table":
+        weight = _by_table(packed, scale, start, inside, DTYPE, SEGMENTS, SEGMENT, ALIGNED)
     else:
-        column = tl.arange(0, SEGMENT // 2)[None, :]
-        valid = inside[:, None]
-        if MASKED:  # half of an even number: the compiler still sees that several bytes are masked alike
-            valid &= column < (((left + 1) >> 1) if ENDS % 2 else (left >> 1))[:, None]
-        # Said here, where no later rewriting of the sum takes it away.
-        first_byte = tl.multiple_of(start >> 1, ALIGNED // 2)
-        byte = tl.load(packed + first_byte[:, None] + column, mask=valid, other=0)
-        if PERMUTED:
-            byte = _permuted(byte, SEGMENTS, SEGMENT)
-        if FORM == "table":
-            high, low = _looked_up(byte, scale, DTYPE)
+        if STRADDLES:
+            boundary = (((block + 1) << SHIFT) - start).to(tl.int32)
+            reaches = inside & (boundary < tl.minimum(left, SEGMENT))
+            next_scale = _scales(absmax, nested_absmax, nested_map, nested_offset, block + 1, reaches)[:, None]
+            scale = tl.where(column < boundary[:, None], scale, next_scale)
+        if FORM == "pairs":
+            code = _by_pairs(packed, table, start, left, inside, SEGMENTS, SEGMENT, ALIGNED, MASKED, ENDS)
         else:
-            flat = tl.reshape(byte.to(tl.int32), (SEGMENTS * (SEGMENT // 2),))
-            pair = tl.reshape(tl.gather(table, flat, 0), (SEGMENTS, SEGMENT // 2))
-            low_scale = scale
-            if STRADDLES:
-                low_scale = tl.where(2 * column + 1 < boundary[:, None], scale, next_scale)
-                scale = tl.where(2 * column < boundary[:, None], scale, next_scale)
-            high = (pair.to(tl.int32).to(tl.float32, bitcast=True) * scale).to(DTYPE)
-            low = ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True) * low_scale).to(DTYPE)
-        weight = tl.reshape(tl.join(high, low), (SEGMENTS, SEGMENT))
+            code = _by_nibbles(packed, table, start, left, inside, SEGMENTS, SEGMENT)
+        weight = (code * scale).to(DTYPE)
     if MASKED:
-        weight = tl.where(tl.arange(0, SEGMENT)[None, :] < left[:, None], weight, tl.zeros_like(weight))
+        weight = tl.where(column < left[:, None], weight, tl.zeros_like(weight))
     return weight
 
 
 @triton.jit
-def _looked_up(byte, scale, DTYPE: tl.constexpr):
-    """(weights of the high halves, of the low halves) of `byte`, whose rows have one absmax each."""
-    table_assembly: tl.constexpr = _TABLE_OF_BFLOAT16 if DTYPE == tl.bfloat16 else _TABLE_OF_FLOAT16
+def _by_nibbles(packed, table, start, left, inside, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr):
+    column = tl.arange(0, SEGMENT)[None, :]
+    number = start[:, None] + column
+    byte = tl.load(packed + (number >> 1), mask=inside[:, None] & (column < left[:, None]), other=0).to(tl.int32)
+    index = tl.where(number % 2 == 0, byte >> 4, byte & 15)
+    return tl.reshape(tl.gather(table, tl.reshape(index, (SEGMENTS * SEGMENT,)), 0), (SEGMENTS, SEGMENT))
+
+
+@triton.jit
+def _by_pairs(
+    packed, table, start, left, inside, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr, ENDS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, SEGMENT // 2)[None, :]
+    # Said here, where no later rewriting of the sum takes it away.
+    pointers = packed + tl.multiple_of(start >> 1, ALIGNED // 2)[:, None] + column
+    if MASKED:  # half of an even number: the compiler still sees that several bytes are masked alike
+        valid = inside[:, None] & (column < (((left + 1) >> 1) if ENDS % 2 else (left >> 1))[:, None])
+        byte = _load(pointers, valid).to(tl.int32)
+    else:
+        byte = _load(pointers, None if inside is None else inside[:, None]).to(tl.int32)
+    pair = tl.gather(table, tl.reshape(byte, (SEGMENTS * (SEGMENT // 2),)), 0)
+    high, low = pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(high, low), (SEGMENTS, SEGMENT))
+
+
+@triton.jit
+def _by_table(
+    packed, scale, start, inside, DTYPE: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Weights, already multiplied by their segment's `scale` [SEGMENTS, 1].
+
+    Words of 8 weights, one in each operand: were 4 bytes packed into an operand by the compiler, they could be of
+    several segments, whatever its layout puts side by side, and the tables of three of them would be ignored.
+    """
+    first_word = tl.multiple_of(start >> 3, ALIGNED // 8)
+    pointers = packed.to(tl.pointer_type(tl.int32)) + first_word[:, None] + tl.arange(0, SEGMENT // 8)[None, :]
+    word = _load(pointers, None if inside is None else inside[:, None])
+    making: tl.constexpr = _TABLE_OF_BFLOAT16 if tl.bfloat16 == DTYPE else _TABLE_OF_FLOAT16
     t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
-        table_assembly, _TABLE_OPERANDS, [scale], dtype=(tl.int32,) * 8, is_pure=True, pack=1
+        making, _TABLE_OPERANDS, [scale], dtype=(tl.int32,) * 8, is_pure=True, pack=1
     )
-    operands = [byte, t0, t1, t2, t3, t4, t5, t6, t7]
+    operands = [word, t0, t1, t2, t3, t4, t5, t6, t7]
     # Spelled twice: the compiler takes no tuple of types that is computed.
-    if DTYPE == tl.bfloat16:
-        high, low = tl.inline_asm_elementwise(
-            _LOOKUP, _LOOKUP_OPERANDS, operands, dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    if tl.bfloat16 == DTYPE:
+        e0, e1, e2, e3, e4, e5, e6, e7 = tl.inline_asm_elementwise(
+            _LOOKUP, _LOOKUP_OPERANDS, operands, dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
         )
     else:
-        high, low = tl.inline_asm_elementwise(
-            _LOOKUP, _LOOKUP_OPERANDS, operands, dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        e0, e1, e2, e3, e4, e5, e6, e7 = tl.inline_asm_elementwise(
+            _LOOKUP, _LOOKUP_OPERANDS, operands, dtype=(tl.float16,) * 8, is_pure=True, pack=1
         )
-    return high, low
+    # `join` adds the fastest dimension, so the order is: bit 2 of the number, bit 1, bit 0.
+    quads = tl.join(tl.join(e0, e4), tl.join(e2, e6)), tl.join(tl.join(e1, e5), tl.join(e3, e7))
+    return tl.reshape(tl.join(quads[0], quads[1]), (SEGMENTS, SEGMENT))
