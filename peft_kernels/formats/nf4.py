@@ -198,9 +198,9 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
 def nested(q: NF4Weight) -> NF4Weight:
     """Double quantisation: the absmax values of `q`, less their mean, in 8 bits, in blocks of 256 with an absmax each.
 
-    A value takes the nearest entry of `dynamic_map` after multiplication by the float32 reciprocal of its block's absmax,
-    of two that are as near the lower one; in a block of zeros, the first. On a CPU bitsandbytes first rounds it to one of
-    65536 even steps of [-1, 1]; so that its bytes come out, so does this on a CPU.
+    A value takes the nearest entry of `dynamic_map` after multiplication by the float32 reciprocal of its block's
+    absmax, of two that are as near the lower one; in a block of zeros, the first. On a CPU bitsandbytes first rounds it
+    to one of 65536 even steps of [-1, 1]; so that its bytes come out, so does this on a CPU.
 
     Raises:
         ValueError: the absmax values are too large for float32 to hold their sum.

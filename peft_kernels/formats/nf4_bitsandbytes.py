@@ -43,7 +43,7 @@ def from_bitsandbytes(params: Any) -> NF4Weight:
     with torch._C.DisableTorchFunctionSubclass():
         data = params.data  # of which torch.compile makes a plain tensor too
     packed = data.contiguous().reshape(-1).view(torch.uint8)
-    nested: tuple[Tensor | None, ...] = (None, None, None)
+    nested: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if state.nested:
         inner = state.state2
         if inner.blocksize != NESTED_BLOCKSIZE:

@@ -6,11 +6,11 @@
 | .absmax | float32 [blocks], or uint8 with double quantisation |
 | .quant_map | float32 [16], always `CODE` |
 | .nested_absmax, .nested_quant_map | float32 [ceil(blocks / 256)], float32 [256], with double quantisation |
-| .quant_state.bitsandbytes__nf4 | uint8, the text of a JSON object: quant_type, blocksize, dtype, shape, and with double
+| .quant_state.bitsandbytes__nf4 | uint8, the text of a JSON object: quant_type, blocksize, dtype, shape, and for double
 quantisation nested_blocksize, nested_dtype, nested_offset |
 
-bitsandbytes itself is not needed. What is read comes from files nobody vouches for: each entry is checked, and the message
-begins with its key. Source: bitsandbytes 0.50, functional.py, `QuantState.as_dict` and `from_dict`.
+bitsandbytes itself is not needed. What is read comes from files nobody vouches for: each entry is checked, and the
+message begins with its key. Source: bitsandbytes 0.50, functional.py, `QuantState.as_dict` and `from_dict`.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class _Reader:
         for name, want in (("nested_blocksize", NESTED_BLOCKSIZE), ("nested_dtype", "float32")):
             if type(facts.get(name)) is not type(want) or facts[name] != want:
                 raise self.refuse_fact(facts, name, want)
-        offset = facts.get("nested_offset")
+        offset: Any = facts.get("nested_offset")
         if type(offset) not in (float, int) or not abs(offset) <= torch.finfo(torch.float32).max:
             raise self.refuse_fact(facts, "nested_offset", "a finite number")
         return absmax, table, torch.tensor(float(offset), dtype=torch.float32, device=absmax.device)

@@ -1,13 +1,14 @@
-"""Specification of NF4's quantisation: of each block the largest magnitude, then the nearest of 16 numbers to x / absmax.
+"""Specification of NF4's quantisation: of each block the absmax, then the nearest of 16 numbers to x / absmax.
 
-The bytes are those of bitsandbytes' quantize_4bit on a CPU, rounding by rounding: in whole blocks x is multiplied by the
-float32 reciprocal of absmax, in a short last block it is divided; an absmax below 1e-38 counts as 1e-38, which a short
-last block also keeps as its own. On the midpoint of two numbers, in float32, the lower one is taken. An odd element at
-the end shares its byte with index 7, which is 0, and so do blocks of zeros.
+The bytes are those of bitsandbytes' quantize_4bit on a CPU, rounding by rounding: in whole blocks x is multiplied by
+the float32 reciprocal of absmax, in a short last block it is divided; an absmax below 1e-38 counts as 1e-38, which a
+short last block also keeps as its own. On the float32 midpoint of two numbers the lower one is taken. In blocks of
+zeros, and beside the last of an odd number of elements, index 7 is written, which is 0.
 
-Where bitsandbytes' own backends disagree this is the rule: on CUDA its reciprocal is an approximate one, so that values
-within a rounding of a midpoint may get another index, and it writes -1 times an absmax of 0 for blocks of zeros, which
-decode to something else after double quantisation.
+Where bitsandbytes' own backends disagree, this is the rule on all devices. On CUDA it takes an approximate reciprocal,
+so that values within a rounding of a midpoint may get the other index, and multiplies in a short block too; for blocks
+of zeros it writes index 0 with absmax 0, that is -0, and after double quantisation, where absmax is no longer 0, other
+numbers.
 
 Source: bitsandbytes 0.50, backends/default/ops.py and csrc/kernels.cu.
 """
