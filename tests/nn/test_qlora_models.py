@@ -142,6 +142,38 @@ class TestQuantizeLinears:
         assert torch.equal(target(x), source(x))
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_checkpoints_of_transformers_both_ways(double_quant, tmp_path):
+    """A model that transformers quantised and saved loads strictly into ours, and ours into transformers."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    four_bit = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path / "dense", quantization_config=four_bit, device_map="cpu", dtype=torch.float32)
+    theirs.train().save_pretrained(tmp_path / "theirs")
+    ours, ids = transformers.LlamaForCausalLM(config), torch.arange(14).reshape(2, 7)
+    quantize_linears(ours)
+    file = tmp_path / "theirs" / "model.safetensors"
+    ours.load_state_dict(safetensors.load_file(file), strict=True)
+    # The same weights; sums through eight layers run in other orders.
+    assert relative_error(ours(ids).logits.detach(), theirs(ids).logits.detach()) < 1e-5
+    for module in ours.modules():
+        if isinstance(module, NF4Linear):
+            module.weight = nf4.quantize(0.05 * torch.randn(module.weight.shape), 64, double_quant)
+    state = {name: tensor.contiguous() for name, tensor in ours.state_dict().items()}
+    safetensors.save_file(state, file, metadata={"format": "pt"})
+    again = load(tmp_path / "theirs", device_map="cpu", dtype=torch.float32).train()
+    assert relative_error(again(ids).logits.detach(), ours(ids).logits.detach()) < 1e-5
+
+
 class TestAddLora:
     def test_quantises_just_the_targets(self):
         model = small(torch.bfloat16)
