@@ -39,7 +39,8 @@ def matrices(case: Case, name: str) -> list[Tensor]:
     return value if isinstance(value, list) else [value]
 
 
-def _layer(case: Case, call: Callable[[Tensor], Outputs], leaves: dict[str, Tensor], **more) -> Layer:
+def of_case(case: Case, call: Callable[[Tensor], Outputs], leaves: dict[str, Tensor], **more) -> Layer:
+    """The layer that computes `call`, with drawn gradients of its outputs."""
     generator = torch.Generator(leaves["x"].device).manual_seed(3)
     grads = tuple(
         torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float32).to(y.dtype)
@@ -49,17 +50,18 @@ def _layer(case: Case, call: Callable[[Tensor], Outputs], leaves: dict[str, Tens
     return Layer(call, leaves, grads if len(grads) > 1 else grads[0], frozen=frozen, **more)
 
 
-def _wanted(case: Case) -> dict[str, Tensor]:
+def wanted(case: Case) -> dict[str, Tensor]:
+    """Those of the case's tensors that get gradients, as leaves."""
     leaves = case.leaves()
     return {name: leaves[name] for name in case.grads}
 
 
 def _ours(backend: str | None, case: Case) -> Layer:
-    leaves = _wanted(case)
+    leaves = wanted(case)
     arguments = nested({name: leaves.get(name, tensor) for name, tensor in case.tensors.items() if name != "x"})
     op = getattr(functional, case.op)
     drawing = {**arguments, **case.options, "seed": None}  # as in training; the gate gives a seed, to know the mask
-    return _layer(
+    return of_case(
         case, functools.partial(op, **drawing), leaves,
         context=lambda: dispatch.use_backend(backend), checked=functools.partial(op, **arguments, **case.options),
     )  # fmt: skip
@@ -67,7 +69,7 @@ def _ours(backend: str | None, case: Case) -> Layer:
 
 def _ours_separate(case: Case) -> Layer:
     """Our `lora_linear` for each projection by itself."""
-    leaves = _wanted(case)
+    leaves = wanted(case)
     parts = zip(matrices(case, "weight"), _of(leaves, "lora_A"), _of(leaves, "lora_B"), strict=True)
     options = {"scaling": SCALING, "dropout_p": case.options["dropout_p"]}
 
@@ -76,16 +78,16 @@ def _ours_separate(case: Case) -> Layer:
 
     layers = [layer(*part) for part in parts]
     if case.op == "lora_linear_group":
-        return _layer(case, functools.partial(combine, case.op, layers), leaves)
+        return of_case(case, functools.partial(combine, case.op, layers), leaves)
     gate, up, down = layers
-    return _layer(case, lambda x: down(functional.gated_activation(gate(x), up(x))), leaves)
+    return of_case(case, lambda x: down(functional.gated_activation(gate(x), up(x))), leaves)
 
 
 def _of(leaves: dict[str, Tensor], name: str) -> list[Tensor]:
     return nested({key: leaf for key, leaf in leaves.items() if key.startswith(name)})[f"{name}s"]
 
 
-def _objection(backend: str, spec: Spec) -> str | None:
+def objection(backend: str, spec: Spec) -> str | None:
     if backend not in dispatch.ORDER[spec.op]:
         return f"{spec.op} has no {backend} implementation"
     return dispatch.objection(spec.op, backend, spec.dispatched(), forced=True)
@@ -130,18 +132,18 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 def _peft(case: Case) -> Layer:
     block = PeftBlock(case)
-    return _layer(case, block, block.leaves)
+    return of_case(case, block, block.leaves)
 
 
 def _accelerated(case: Case) -> Layer:
     block = PeftBlock(case)
     peft_kernels.accelerate(block)
-    return _layer(case, block, block.leaves)
+    return of_case(case, block, block.leaves)
 
 
 def _compiled(case: Case) -> Layer:
     block = PeftBlock(case)
-    return _layer(case, functools.partial(peers.compiled_call(), block), block.leaves)
+    return of_case(case, functools.partial(peers.compiled_call(), block), block.leaves)
 
 
 def _compiled_reason(spec: Spec) -> str | None:
@@ -152,13 +154,13 @@ def _compiled_reason(spec: Spec) -> str | None:
 
 def _frozen(case: Case) -> Layer:
     layers = [functools.partial(F.linear, weight=weight) for weight in matrices(case, "weight")]
-    return _layer(case, functools.partial(combine, case.op, layers), {"x": case.leaves()["x"]})
+    return of_case(case, functools.partial(combine, case.op, layers), {"x": case.leaves()["x"]})
 
 
 def _unsloth(case: Case) -> Layer:
     """`LoRA_QKV` and `LoRA_MLP`, the autograd Functions behind Unsloth's fast attention and MLP."""
     fast = importlib.import_module("unsloth.kernels.fast_lora")
-    leaves = _wanted(case)
+    leaves = wanted(case)
     parts = zip(matrices(case, "weight"), _of(leaves, "lora_A"), _of(leaves, "lora_B"), strict=True)
     operands = [operand for weight, a, b in parts for operand in (weight, None, a, b, SCALING)]
     if case.op == "lora_linear_group":
@@ -171,7 +173,7 @@ def _unsloth(case: Case) -> Layer:
         def call(x: Tensor) -> Outputs:
             return fast.LoRA_MLP.apply(x.unsqueeze(0), *operands, *kernels, False).squeeze(0)
 
-    return _layer(case, call, leaves)
+    return of_case(case, call, leaves)
 
 
 def _unsloth_reason(spec: Spec) -> str | None:
@@ -185,7 +187,7 @@ def _liger(case: Case) -> Layer:
     block = PeftBlock(case)
     swiglu = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
     gate, up, down = block.layers
-    return _layer(case, lambda x: down(swiglu.apply(gate(x), up(x))), block.leaves)
+    return of_case(case, lambda x: down(swiglu.apply(gate(x), up(x))), block.leaves)
 
 
 def _liger_reason(spec: Spec) -> str | None:
@@ -203,11 +205,12 @@ def _separate_reason(spec: Spec) -> str | None:
 FROZEN = Peer("frozen", _frozen, frozen=True)
 PEFT = Peer("peft", _peft, peers.installed("peft"))
 AUTO = Peer("ours (auto)", functools.partial(_ours, None), backend="auto", accuracy=1.2)
+BASELINES = (PEFT, FROZEN)
 
 
 def _backend_peer(backend: str) -> Peer:
     return Peer(
-        f"ours ({backend})", functools.partial(_ours, backend), functools.partial(_objection, backend),
+        f"ours ({backend})", functools.partial(_ours, backend), functools.partial(objection, backend),
         backend=backend, accuracy=1.2,
     )  # fmt: skip
 

@@ -302,6 +302,7 @@ def _lorafusion_reason(spec: Spec) -> str | None:
 FROZEN = Peer("frozen", _frozen, frozen=True)
 PEFT = Peer("peft", _peft, installed("peft"))
 AUTO = Peer("ours (auto)", functools.partial(_ours, None), backend="auto", accuracy=1.2)
+BASELINES = (PEFT, FROZEN)  # what every row is compared with
 
 
 def _backend_peer(backend: str) -> Peer:

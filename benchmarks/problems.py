@@ -9,17 +9,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peft_kernels import problems
 from peft_kernels.problems import BUILDERS, Case, Draw, Shape
 from peft_kernels.tuning.points import FORWARD, FORWARD_BACKWARD, MODES
 from tests.helpers import LoraProblem
 
 __all__ = [
     "FORWARD", "FORWARD_BACKWARD", "MODES", "SCALING", "Case", "Ceilings", "Spec", "Tensors", "block_specs",
-    "cpu_specs", "gpu_specs", "specs", "sweep_specs",
+    "cpu_specs", "gpu_specs", "nf4_specs", "specs", "sweep_specs",
 ]  # fmt: skip
 
 SCALING = 2.0
-SHORT_NAMES = {"dora_linear": "dora", "lora_linear_group": "qkv", "lora_swiglu_mlp": "mlp"}
+SHORT_NAMES = {
+    "dora_linear": "dora", "lora_linear_group": "qkv", "lora_swiglu_mlp": "mlp", "nf4_linear": "nf4",
+    "nf4_lora_linear": "qlora",
+}  # fmt: skip
+QUANTISED = {"nf4_linear": problems.nf4_linear, "nf4_lora_linear": problems.nf4_lora_linear}
+# A half, a byte for each block of 64, and 4 bytes for each 256 of those.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
@@ -106,7 +113,8 @@ class Spec:
     def case(self, seed: int = 1, *, device: str | None = None) -> Case:
         """The problem of any op, without biases."""
         shape = Shape((self.m,), self.n, self.k, self.r, self.dtype, self.adapter_dtype, self.dropout_p)
-        return BUILDERS[self.op](shape, Draw(device or self.device, seed)).without("bias")
+        build = QUANTISED.get(self.op) or BUILDERS[self.op]
+        return build(shape, Draw(device or self.device, seed)).without("bias")
 
     def dispatched(self) -> Any:
         """What dispatch chooses by."""
@@ -129,7 +137,8 @@ class Spec:
         """Bytes that must move, each tensor read or written once a direction; S stays in cache."""
         size, adapter_size = self.dtype.itemsize, self.adapter_dtype.itemsize
         adapters = sum(self.r * (k + n) * adapter_size for k, n in self.layers)
-        weights = sum(k * n * size for k, n in self.layers)
+        weight_size = NF4_BYTES if self.op in QUANTISED else size
+        weights = sum(round(k * n * weight_size) for k, n in self.layers)
         x, outputs = self.m * self.k * size, sum(self.m * n * size for _, n in self.layers)
         forward = x + weights + outputs + adapters
         # Backward reads every dY or, inside an MLP, gate and up; W, x, A, B; it writes dx, dA, dB.
@@ -186,6 +195,17 @@ def block_specs(op: str) -> list[Spec]:
         variants = ((bf16, 0.0), (fp32, 0.0), (fp32, 0.05))
         return [Spec(8192, 4096, inside[1], 16, bf16, adapter, p, "cuda", op=op) for adapter, p in variants]
     return [Spec(512, 1024, inside[0], 16, dropout_p=p, threads=2, op=op) for p in (0.0, 0.05)]
+
+
+def nf4_specs(op: str, mode: str) -> list[Spec]:
+    """Problems of `nf4_linear` and `nf4_lora_linear`, double quantisation, blocks of 64: decode and prefill of
+    Llama-3-8B's layers, and the rows of training."""
+    bf16, r = torch.bfloat16, 16 if op == "nf4_lora_linear" else 0
+    if torch.cuda.is_available():
+        rows = (1, 16, 64, 128, 512, 8192) if mode == FORWARD else (16, 512, 8192)
+        return [Spec(m, 4096, n, r, bf16, bf16, 0.0, "cuda", op=op) for n in (4096, 14336) for m in rows]
+    rows = (1, 16, 256) if mode == FORWARD else (16, 256)
+    return [Spec(m, 4096, 4096, r, bf16, bf16, threads=2, op=op) for m in rows]
 
 
 ROWS = (1, 4, 16, 64, 256, 512, 1024, 4096)

@@ -17,8 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "unsloth", "lorafusion")
 
 
-# Ops that have no kernels of their own besides.
-MADE_OF = {"lora_swiglu_mlp": ("lora_linear", "lora_linear_group", "gated_activation")}
+# Ops that call others, or have no kernels of their own besides.
+MADE_OF = {
+    "lora_swiglu_mlp": ("lora_linear", "lora_linear_group", "gated_activation"),
+    "nf4_linear": ("nf4_dequantize",),
+    "nf4_lora_linear": ("nf4_linear", "nf4_dequantize", "lora_linear"),
+}
 
 
 def sources(op: str, backend: str, root: Path = ROOT) -> list[Path]:

@@ -36,7 +36,8 @@ class Row:
     def cells(self) -> tuple:
         return (
             self.peer, f"{self.stats['median'] * 1e6:.1f}", f"{self.stats['iqr'] * 1e6:.1f}",
-            _ratio(self.info.get("ratio_to_peft")), _ratio(self.info.get("ratio_to_frozen")),
+            _ratio(self.info.get("ratio_to_peft", self.info.get("ratio_to_bitsandbytes"))),
+            _ratio(self.info.get("ratio_to_frozen")),
             f"{self.info['percent_of_floor']:.0f}" if "percent_of_floor" in self.info else None,
             f"{self.info['saved_bytes'] / 2**10:.1f}", self._note(),
         )  # fmt: skip
@@ -111,8 +112,14 @@ def render(run: Run) -> str:
             "Only the ratios, taken pair by pair, mean anything."
         )
     for (problem, mode), rows in run.groups().items():
-        parts += [f"### {problem}, {mode}", table([row.cells() for row in rows], HEADERS, markdown=True)]
+        parts += [f"### {problem}, {mode}", table([row.cells() for row in rows], _headers(rows), markdown=True)]
     return "\n\n".join(parts) + "\n"
+
+
+def _headers(rows: list[Row]) -> tuple[str, ...]:
+    """Layers of 4 bits without an adapter are compared with bitsandbytes, which PEFT's are made of."""
+    bare = any("ratio_to_bitsandbytes" in row.info for row in rows)
+    return tuple("x bnb" if bare and header == "x PEFT" else header for header in HEADERS)
 
 
 def plot(run: Run, folder: Path) -> Path:

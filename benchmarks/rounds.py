@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import blocks, compare, gate, memory, peers, provenance, timing
+from benchmarks import blocks, compare, gate, memory, peers, provenance, quantised, timing
 from benchmarks.peers import Peer
 from benchmarks.problems import FORWARD, Ceilings, Spec
 
@@ -16,7 +17,9 @@ ROUNDS = 20
 
 
 def peers_of(spec: Spec) -> ModuleType:
-    """The module that has FROZEN, PEFT, AUTO and PEERS for the problem's op."""
+    """The module that has FROZEN, PEFT, AUTO, BASELINES and PEERS for the problem's op."""
+    if spec.op in quantised.OPS:
+        return quantised
     return peers if spec.op == "lora_linear" else blocks
 
 
@@ -25,16 +28,24 @@ def ceilings(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
     return timing.measure_ceilings(device, dtype)
 
 
-def stopwatch(peer: Peer, spec: Spec, mode: str) -> timing.Stopwatch:
-    """The peer's stopwatch over as many sets of tensors as exceed the cache."""
+def steps(peer: Peer, spec: Spec, mode: str) -> tuple[list[timing.Step], timing.Context]:
+    """The peer's work on as many sets of tensors as exceed the cache."""
     sets = timing.sets_beyond_cache(spec.device, spec.bytes(FORWARD))
     layers = [peer.layer(spec, seed) for seed in range(sets)]
-    return timing.stopwatch(
-        spec.device, [layer.step(mode) for layer in layers], layers[0].context, one_thread=spec.threads == 1
-    )
+    return [layer.step(mode) for layer in layers], layers[0].context
 
 
-@functools.lru_cache(maxsize=2)
+def stopwatch(peer: Peer, spec: Spec, mode: str) -> timing.Stopwatch:
+    return timing.stopwatch(spec.device, *steps(peer, spec, mode), one_thread=spec.threads == 1)
+
+
+def eager_seconds(peer: Peer, spec: Spec, mode: str) -> float:
+    """GPU time of a call without a CUDA graph, launch gaps included."""
+    watch = timing.EventStopwatch(*steps(peer, spec, mode))
+    return statistics.median(watch.sample() for _ in range(5))
+
+
+@functools.lru_cache(maxsize=3)
 def baseline(peer: Peer, spec: Spec, mode: str) -> timing.Stopwatch:
     return stopwatch(peer, spec, mode)
 
@@ -55,8 +66,7 @@ def run(benchmark, spec: Spec, mode: str, peer: Peer) -> None:
 def _run(benchmark, spec: Spec, mode: str, peer: Peer) -> None:
     compared = gate.check(peer, spec)
     watch = stopwatch(peer, spec, mode)
-    module = peers_of(spec)
-    others = [other for other in (module.PEFT, module.FROZEN) if other.unavailable(spec) is None]
+    others = [other for other in peers_of(spec).BASELINES if other.unavailable(spec) is None]
     pairs: dict[str, list[float]] = {other.name: [] for other in others}
     own: list[float] = []
 
@@ -92,6 +102,8 @@ def facts(peer: Peer, spec: Spec, mode: str, compared: str, watch: timing.Stopwa
         "floor_s": spec.floor(mode, limits), "flop_per_s_ceiling": limits.flop_per_s,
         "bytes_per_s_ceiling": limits.bytes_per_s, "saved_bytes": memory.saved_bytes(layer, layer.parameters()),
     }  # fmt: skip
+    if spec.device == "cuda" and spec.op in quantised.OPS:
+        rows["eager_s"] = eager_seconds(peer, spec, mode)
     if peer.backend is not None:
         choice = peers.chosen_backend(spec)
         backend = choice.backend if peer.backend == "auto" else peer.backend

@@ -6,11 +6,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.problems import Ceilings
-from peft_kernels.tuning.timing import Context, HostStopwatch, Step, Stopwatch, sets_beyond_cache, stopwatch
+from peft_kernels.tuning.timing import (
+    Context,
+    EventStopwatch,
+    HostStopwatch,
+    Step,
+    Stopwatch,
+    sets_beyond_cache,
+    stopwatch,
+)
 
 __all__ = [
-    "Clock", "Context", "HostStopwatch", "Step", "Stopwatch", "clock", "measure_ceilings", "sets_beyond_cache",
-    "stopwatch",
+    "Clock", "Context", "EventStopwatch", "HostStopwatch", "Step", "Stopwatch", "clock", "measure_ceilings",
+    "sets_beyond_cache", "stopwatch",
 ]  # fmt: skip
 
 

@@ -1,0 +1,21 @@
+"""`nf4_linear`: a frozen 4-bit layer, in inference and in training, against every peer that can run here (`quantised`).
+
+On a GPU the weights of a measurement exceed the cache many times over, as those of a model's layers do.
+"""
+
+from __future__ import annotations
+
+from benchmarks import rounds
+from benchmarks.peers import Peer
+from benchmarks.problems import FORWARD, FORWARD_BACKWARD, Spec, nf4_specs
+from benchmarks.quantised import PEERS
+
+
+@rounds.parametrized(nf4_specs("nf4_linear", FORWARD), (FORWARD,), PEERS)
+def test_nf4_linear(benchmark, spec: Spec, mode: str, peer: Peer) -> None:
+    rounds.run(benchmark, spec, mode, peer)
+
+
+@rounds.parametrized(nf4_specs("nf4_linear", FORWARD_BACKWARD), (FORWARD_BACKWARD,), PEERS)
+def test_nf4_linear_in_training(benchmark, spec: Spec, mode: str, peer: Peer) -> None:
+    rounds.run(benchmark, spec, mode, peer)
