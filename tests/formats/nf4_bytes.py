@@ -26,9 +26,8 @@ def formula(packed: Tensor, absmax: Tensor, blocksize: int, shape: tuple[int, ..
     """The weight by definition, of float32 absmax values: index, table, one product, one rounding."""
     import bitsandbytes
 
-    indices = torch.stack(
-        (packed.view(torch.uint8).flatten() >> 4, packed.view(torch.uint8).flatten() & 15), 1
-    ).flatten()
+    pairs = packed.view(torch.uint8).flatten()
+    indices = torch.stack((pairs >> 4, pairs & 15), 1).flatten()
     values = bitsandbytes.functional.get_4bit_type("nf4", "cpu")[indices.long()][: torch.Size(shape).numel()]
     return (values * absmax.repeat_interleave(blocksize)[: len(values)]).to(dtype).view(shape)
 

@@ -1,4 +1,4 @@
-"""Quantised weights have the bytes of bitsandbytes and mean what the formula says; parts of them are parts of the whole."""
+"""Quantised weights have the bytes of bitsandbytes and mean what the formula says; parts are parts of the whole."""
 
 from __future__ import annotations
 
