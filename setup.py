@@ -73,7 +73,9 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
     }
     # The runtime is linked in and its symbols hidden, so that the module loads beside any torch and without a driver.
     link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}", "-Xlinker=--exclude-libs,ALL", *gencode()]
-    return ["cuda_bindings.cpp", "philox_dropout.cu", "splitk_reduce.cu"], commands, link
+    sources = ["cuda_bindings.cpp", "cuda_bindings_nf4.cpp", "philox_dropout.cu", "splitk_reduce.cu"]
+    sources += ["nf4_linear.cu", "lora_down.cu"]
+    return sources, commands, link
 
 
 def run(command: list[str]) -> None:

@@ -9,16 +9,18 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
+void bind_nf4(py::module_& m);
+
+void check(const char* kernel, int code) {
+  if (code == 0) return;
+  throw std::runtime_error(std::string(kernel) + ": CUDA error " + std::to_string(code) + ": " + cuda_error_text(code));
+}
+
 namespace {
 
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
-}
-
-void check(const char* kernel, int code) {
-  if (code == 0) return;
-  throw std::runtime_error(std::string(kernel) + ": CUDA error " + std::to_string(code) + ": " + cuda_error_text(code));
 }
 
 py::dict build_info() {
@@ -50,4 +52,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("build_info", &build_info);
   m.def("philox_dropout", &philox_dropout, unlocked);
   m.def("splitk_reduce", &splitk_reduce, unlocked);
+  bind_nf4(m);
 }
