@@ -156,16 +156,7 @@ def from_layout(tensors: Sequence[Tensor], layout: Sequence[int], dtype: torch.d
 
 
 LAYOUT_SIZE = 6
-
-
-def several_from_layout(tensors: Sequence[Tensor], layouts: Sequence[int], dtype: torch.dtype) -> list[NF4Weight]:
-    """The matrices whose tensors and layouts stand one after another."""
-    weights, start = [], 0
-    for i in range(0, len(layouts), LAYOUT_SIZE):
-        layout = layouts[i : i + LAYOUT_SIZE]
-        weights.append(from_layout(tensors[start : start + layout[-1]], layout, dtype))
-        start += layout[-1]
-    return weights
+"""How many numbers a `layout` has."""
 
 
 def quantize(weight: Tensor, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
