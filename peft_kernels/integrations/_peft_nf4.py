@@ -47,12 +47,10 @@ class Quantised(NamedTuple):
 
     def output(self, x: Tensor) -> Tensor:
         weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p = self
-        if lora_bias is not None:
-            # In float32: the op rounds the sum once.
-            bias = scaling * lora_bias.float() if bias is None else torch.add(bias, lora_bias.float(), alpha=scaling)
-        y = functional.nf4_lora_linear(
-            x.to(weight.dtype), weight, lora_A, lora_B, scaling=scaling, bias=bias, dropout_p=dropout_p
-        )
+        y = functional.lora_linear(
+            x.to(weight.dtype), weight, lora_A, lora_B, scaling=scaling, bias=bias, lora_bias=lora_bias,
+            dropout_p=dropout_p,
+        )  # fmt: skip
         return y.to(x.dtype)
 
 

@@ -25,7 +25,7 @@ from peft_kernels import functional
 from peft_kernels.checks import MAX_RANK
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.integrations._peft_dora import dora_operands
-from peft_kernels.integrations._peft_nf4 import Quantised, input_of, output_for, quantised
+from peft_kernels.integrations._peft_nf4 import input_of, output_for, quantised
 from peft_kernels.integrations._peft_objections import (
     BASES,
     DROPOUTS,
@@ -79,16 +79,11 @@ class Activated(NamedTuple):
 
     def output(self, x: Tensor) -> Tensor:
         weight, bias, lora_A, lora_B, lora_bias, scaling, dropout_p = self.plain
-        if type(self.plain) is Quantised:
-            (y,) = functional.lora_linear_group(
-                input_of(weight, x), (weight,), (lora_A,), (lora_B,), scalings=scaling, biases=(bias,),
-                dropout_p=dropout_p, token_mask=self.token_mask,
-            )  # fmt: skip
-            return output_for(x, weight, y)
-        return functional.lora_linear(
-            x, weight, lora_A, lora_B, scaling=scaling, bias=bias, lora_bias=lora_bias, dropout_p=dropout_p,
-            token_mask=self.token_mask,
+        y = functional.lora_linear(
+            input_of(weight, x), weight, lora_A, lora_B, scaling=scaling, bias=bias, lora_bias=lora_bias,
+            dropout_p=dropout_p, token_mask=self.token_mask,
         )  # fmt: skip
+        return output_for(x, weight, y)
 
 
 def operands(layer: Any, x: Tensor | None, alora_offsets: Sequence[int | None] | None = None) -> Any:
@@ -201,8 +196,6 @@ def _is_plain_lora(variant: object | None) -> bool:
 def _activated(plain: tuple | str, x: Tensor | None, offsets: Sequence[int | None] | None) -> Activated | str:
     if isinstance(plain, str):
         return plain
-    if type(plain) is Quantised and plain.lora_bias is not None:
-        return "activated LoRA with a bias (lora_bias) over a quantised weight"
     if x is None:
         return Activated(plain, None)
     if x.ndim not in (2, 3) or (offsets is not None and len(offsets) != x.shape[0]):
