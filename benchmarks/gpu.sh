@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in under 9 minutes, with the active python and nothing installed: build,
 # correctness, tuning, benchmarks. Each part has its own time limit and writes its results when it ends, so that a failure or
-# a run cut short leaves what came before. With OUT set, every result file is copied there too.
+# a run cut short leaves what came before. With OUT set, every result file is copied there too; with ONLY set to a regular
+# expression, such as 'build|nf4', only the parts whose names match run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,6 +27,7 @@ keep() {
 # part NAME SECONDS COMMAND...: interrupted at its limit, so that pytest still writes what it has.
 part() {
   local name=$1 limit=$2 start=$SECONDS rc
+  [[ $name =~ ^(${ONLY:-.*})$ ]] || return 0
   shift 2
   echo "== $name: $*" | tee -a "$LOG"
   timeout --signal=INT --kill-after=15 "$limit" "$@" 2>&1 | tee -a "$LOG" | tail -n 25
@@ -53,12 +55,14 @@ part build 65 "$PYTHON" setup.py build_ext --inplace
 part doctor 20 "$PYTHON" -m peft_kernels.cli.main doctor
 tests gpu_tests 85 tests/gpu
 tests op_tests 55 tests/ops
-part compare 50 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --extent none --minutes 0.7
-part tune 40 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --minutes 0.5
-bench lora_linear 75 lora_linear 'not compiled and not unsloth and not lorafusion and not reference'
-bench blocks 45 "$BLOCKS" 'not compiled and not unsloth and not liger and not reference'
-bench sweep 30 sweep 'test_sweep'
-bench compiled 25 lora_linear 'compiled and M8192 and r16 and p0-'
+part compare 40 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --extent none --minutes 0.55
+part tune 35 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --minutes 0.45
+bench lora_linear 60 lora_linear 'not compiled and not unsloth and not lorafusion and not reference'
+bench blocks 40 "$BLOCKS" 'not compiled and not unsloth and not liger and not reference'
+# What decides first: forward of one layer's shapes against bitsandbytes, then training.
+bench nf4 55 "nf4_linear nf4_lora_linear" 'not reference and not unsloth'
+bench sweep 20 sweep 'test_sweep'
+bench compiled 20 lora_linear 'compiled and M8192 and r16 and p0-'
 bench others 15 "lora_linear $BLOCKS" 'unsloth or lorafusion or liger'
 part memory 15 "$PYTHON" -m benchmarks.block_memory --json "$RESULTS/block_memory.json"
 part report 10 sh -c '"$0" -m benchmarks.report "$1"/bench_*.json --output "$1/report.md" &&

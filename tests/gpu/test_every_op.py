@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from tests.gpu.conftest import on_gpu
-from tests.helpers import assert_as_accurate_as_eager, named
-from tests.problems import DoraProblem, EmbeddingProblem, ExpertProblem, GatedProblem, GroupProblem, MlpProblem
+from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
+from tests.problems import (
+    DoraProblem,
+    EmbeddingProblem,
+    ExpertProblem,
+    GatedProblem,
+    GroupProblem,
+    MlpProblem,
+    Nf4LoraProblem,
+    Nf4Problem,
+)
 
 pytestmark = pytest.mark.gpu
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -25,8 +34,10 @@ MAKE = {
     "lora_swiglu_mlp": lambda p, **o: MlpProblem(1000, 1032, 2056, ((16,), (16,), (8,)), dropout_p=p, **o),
     "lora_embedding": lambda p, **o: EmbeddingProblem(2000, 5003, 1032, 16, **o),
     "lora_expert_linear": lambda p, **o: ExpertProblem((300, 0, 517, 183), 1032, 2056, 16, dropout_p=p, **o),
+    "nf4_linear": lambda p, **o: Nf4Problem(1000, 1032, 2056, **_without_adapters(o)),
+    "nf4_lora_linear": lambda p, **o: Nf4LoraProblem(1000, 1032, 2056, 16, dropout_p=p, **o),
 }  # fmt: skip
-WITHOUT_DROPOUT = ("gated_activation", "lora_embedding")
+WITHOUT_DROPOUT = ("gated_activation", "lora_embedding", "nf4_linear")
 # (op, backend) pairs; which backends there are is known on the GPU only.
 PAIRS = [pytest.param(op, *p.values, id=f"{op}-{p.id}", marks=p.marks) for op in MAKE for p in on_gpu(op)]
 EVERY = pytest.mark.parametrize(("op", "backend"), PAIRS, indirect=["backend"])
@@ -106,10 +117,29 @@ def test_graph_reads_what_is_there_at_replay(op, backend):
 
 
 def _tensors(problem) -> list[torch.Tensor]:
-    """What the call takes besides the leaves: indices, and gradients of the outputs."""
+    """What the call takes besides the leaves: indices, a 4-bit weight, and gradients of the outputs."""
     grads = problem.grad_y if isinstance(problem.grad_y, tuple) else (problem.grad_y,)
     ids = [problem.ids] if isinstance(problem, EmbeddingProblem) else []
-    return [*ids, *(grad for grad in grads if grad is not None)]
+    quantised = problem.q.tensors if isinstance(problem, (Nf4Problem, Nf4LoraProblem)) else []
+    return [*ids, *quantised, *(grad for grad in grads if grad is not None)]
+
+
+# (m, k, n, blocksize, nested): each number of rows for which there are kernels of their own, past and at tiles; rows
+# that end inside a block, odd ones, fewer rows of W than a tile has.
+FEW_ROWS = (
+    (1, 4096, 4096, 64, True), (2, 3420, 2056, 64, True), (3, 1027, 515, 32, False), (8, 4096, 1024, 128, True),
+    (16, 3420, 4096, 64, False), (17, 1024, 4096, 64, True), (33, 515, 1031, 4096, True), (64, 4096, 4096, 64, True),
+    (129, 2048, 2056, 256, False), (512, 4096, 1024, 64, True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize(("m", "k", "n", "blocksize", "nested"), FEW_ROWS, ids=str)
+@pytest.mark.parametrize("backend", on_gpu("nf4_linear"), indirect=True)
+def test_rows_over_4_bits(backend, m, k, n, blocksize, nested, dtype):
+    problem = Nf4Problem(m, k, n, dtype, blocksize=blocksize, nested=nested, device=backend.device)
+    backend.skip_unless_runnable(problem.dispatched())
+    assert_within_rounding(problem, problem.run())
 
 
 @EVERY
