@@ -26,6 +26,7 @@ from peft_kernels.checks import (
 )
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.functional.lora_linear import PLAIN, dense_beside_dtensors, is_dtensor, lora_linear_on_dtensors
+from peft_kernels.ops._weights import split
 from peft_kernels.ops.philox_dropout import new_seeds
 
 _OP = "lora_linear_group"
@@ -105,14 +106,18 @@ _verified: set[tuple] = set()
 
 def _signature(x: Tensor, group: Group) -> tuple | None:
     """Everything that `check_group` looks at, or None where a check by itself is due (subclasses, tracing)."""
-    tensors = (x, *group.weights, *group.lora_As, *group.lora_Bs)
+    firsts, others, layouts = split(group.weights)
+    tensors = (x, *firsts, *group.lora_As, *group.lora_Bs, *others)
     biases = group.biases
     if torch.compiler.is_compiling() or not all(type(t) in PLAIN for t in tensors):
         return None
     if not all(bias is None or type(bias) in PLAIN for bias in biases):
         return None
-    properties: list[tuple | None] = [(t.shape, t.dtype, t.device) for t in tensors[1:]]
+    properties: list[Any] = [(t.shape, t.dtype, t.device) for t in tensors[1:]]
     properties += [None if bias is None else (bias.shape, bias.dtype, bias.device) for bias in biases]
+    if layouts:
+        properties += [*layouts, *(weight.shape for weight in group.weights)]
+        properties += [t.is_contiguous() for t in (*firsts, *others)]
     autocast = torch.is_autocast_enabled(x.device.type)
     return (x.shape[-1:], x.dtype, x.device, autocast, *group.outputs, *properties)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels import dispatch
+from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.ops._backward import first_gradients
 from peft_kernels.ops._eager import is_plain
 from peft_kernels.ops._rows import row_bucket, rows, unflatten
@@ -48,6 +49,8 @@ def _problem(x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: bool) -> Proble
 
 
 def problem(x, weight, lora_A, lora_B, *, dropout_p=0.0, training=True, **_) -> Problem:
+    if isinstance(weight, NF4Weight):
+        raise ValueError("lora_linear: over an NF4Weight it is the op nf4_lora_linear; ask about that one")
     return _problem(x, lora_A, lora_B, training and dropout_p > 0)
 
 

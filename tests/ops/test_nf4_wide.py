@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -123,6 +125,12 @@ def test_lora_linear_takes_any_weight(options):
     mask = masks((3, 7), "cpu")["some"] if options.pop("masked", False) else None
     problem = over_nf4("lora_linear", (3, 7), token_mask=mask, **options)
     assert_within_rounding(problem, problem.run())
+
+
+def test_explain_names_the_op_that_runs():
+    """The choice of `lora_linear`'s implementations says nothing of a layer over 4 bits."""
+    with pytest.raises(ValueError, match="it is the op nf4_lora_linear"):
+        over_nf4("lora_linear").dispatched()
 
 
 @pytest.mark.parametrize("op", [*WIDE, "lora_linear"])
@@ -308,6 +316,12 @@ REFUSED = [
      "weights[1].blocksize is 1"),
     ("lora_linear_group", {"weights": [q_of(12, 16), torch.ones(8, 16).half()]}, TypeError,
      "weights[1] has dtype torch.float16, but x has torch.float32"),
+    ("lora_linear_group", {"weights": [q_of(12, 16), q_of(1, 8, 16)]}, ValueError,
+     "weights[1] has shape (1, 8, 16), but its input has 16 features"),
+    ("lora_linear_group", {"weights": [q_of(12, 16, packed=torch.zeros(192, dtype=torch.uint8)[::2]), q_of(8, 16)]},
+     ValueError, "weights[0].packed has 96 elements"),
+    ("lora_linear_group", {"weights": [q_of(12, 16), q_of(8, 16, row_stride=17)]}, ValueError,
+     "weights[1].packed has 64 elements"),
     ("lora_linear_group", {"biases": [torch.ones(11), None]}, ValueError, "biases[0] has shape (11,), but weights[0]"),
     ("lora_swiglu_mlp", {"weights": [q_of(12, 16), q_of(11, 16), q_of(16, 12)]}, ValueError,
      "weights[1] has shape (11, 16), but gate and up have one shape"),
@@ -319,11 +333,26 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "changes", "error", "message"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("op", "changes", "error", "message"), REFUSED, ids=[f"{op}-{m}" for op, _, _, m in REFUSED])
 def test_refused(op, changes, error, message):
     function, arguments = getattr(functional, op), good(op)
     function(**arguments)  # the situation itself
     refused(op, function, {**arguments, **changes}, error, message)
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_group", "dora_linear", "lora_swiglu_mlp"])
+def test_dtensors_are_refused(op, monkeypatch):
+    """Sharding rules know nothing of half bytes. (A tensor subclass stands for a DTensor.)"""
+
+    class Sharded(torch.Tensor):
+        pass
+
+    module = importlib.import_module(f"peft_kernels.functional.{op}")
+    monkeypatch.setattr(module, "is_dtensor", lambda *tensors: any(isinstance(t, Sharded) for t in tensors))
+    arguments = good(op)
+    arguments["x"] = arguments["x"].as_subclass(Sharded)
+    with pytest.raises(NotImplementedError, match=f"{op}: DTensors are not supported"):
+        getattr(functional, op)(**arguments)
 
 
 def test_a_bias_of_another_dtype_is_cast():
