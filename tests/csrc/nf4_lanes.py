@@ -16,7 +16,7 @@ from peft_kernels.formats.nf4 import NF4Weight
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 # As `_cuda` is: no value here comes from contraction, which the device does not do.
-FLAGS = "-O1 -std=c++17 -Wall -Wextra -Werror -ffp-contract=off -shared -fPIC".split()
+FLAGS = ["-O1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
 
 # What decodes a row: by the pair table, its lower half by byte planes, as rows that begin anywhere.
 FORMS = {"table": (0, 0), "planes": (0, 1), "any": (1, 0)}

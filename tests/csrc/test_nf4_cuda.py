@@ -18,7 +18,7 @@ from tests.problems.nf4 import PARTS, part_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 
-# Clusters of 1, 2, 4 and 8 blocks at once: an H200, an A100 without any, and GPUs so small that blocks walk several tiles.
+# Clusters of 1, 2, 4 and 8 blocks at once: an H200, an A100 without any, GPUs so small that blocks walk several tiles.
 GPUS = {"H200": (132, 66, 33, 16), "A100": (108, 0, 0, 0), "small": (4, 2, 1, 0), "single": (1, 0, 0, 0)}
 
 
@@ -98,17 +98,23 @@ def test_packed_bytes_at_any_address(lanes, offset):
     assert same_bits(lanes.weights(moved, torch.bfloat16)[0], nf4_dequantize.forward(q))
 
 
-def test_what_follows_a_row_does_not_reach_it(lanes):
-    """The next row's absmax overflows float16: x counts as 0 past a row's end, and 0 times infinity would be NaN."""
-    n, k = 2, 96
-    absmax = torch.tensor([1.0, 2.0, 1e30, 1e30, 3.0, 4.0])
-    q = NF4Weight(torch.full((n * k // 2,), 0xFF, dtype=torch.uint8), absmax, None, None, None, torch.Size((n, k)),
-                  torch.float16, 32)  # fmt: skip
-    first = q.columns(0, 50).rows(0, 1)
-    x = torch.ones(1, 50, dtype=torch.float16)
-    assert float(lanes.linear(x, first, lanes.plan(1, 50, GPUS["H200"]))) == 32 * 1.0 + 18 * 2.0
-    shifted = q.columns(70, 96).rows(0, 1)._replace(first=30)
-    assert float(lanes.linear(x[:, :26], shifted, lanes.plan(1, 26, GPUS["H200"]))) == 2 * 1.0 + 24 * 2.0
+@pytest.mark.parametrize(
+    ("blocksize", "first", "zeros", "absmax"),
+    [(64, 0, (0, 50), (1e30, 1e30)), (64, 14, (0, 0), (1.0, 1e30)), (32, 0, (32, 50), (1.0, 1e30, 1e30, 1e30))],
+    ids=["in-its-block", "in-the-next", "in-its-second-block"],
+)
+def test_what_follows_a_row_does_not_reach_it(lanes, blocksize, first, zeros, absmax):
+    """Past a row's end x counts as 0, but 0 times infinity would be NaN: here weights that overflow float16 follow the
+    row, whose own weights in their block are 0."""
+    codes = torch.full((128,), 15, dtype=torch.uint8)
+    codes[slice(*zeros)] = 7
+    packed, shape = codes[::2] << 4 | codes[1::2], torch.Size((1, 50))
+    q = NF4Weight(packed, torch.tensor(absmax), None, None, None, shape, torch.float16, blocksize, first)
+    weight = nf4_dequantize.forward(q)
+    assert weight.isfinite().all()
+    assert nf4_dequantize.forward(q._replace(shape=torch.Size((1, 64)))).isinf().any()
+    y = lanes.linear(torch.ones(1, 50, dtype=torch.float16), q, lanes.plan(1, 50, GPUS["H200"]))
+    assert float(y) == float(weight.double().sum())
 
 
 def anonymous(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -139,8 +145,8 @@ def test_more_elements_than_32_bits_count(lanes, k):
 @pytest.mark.parametrize(
     ("n", "k", "blocksize", "part"),
     [
-        (16, 64, 64, "whole"), (33, 96, 64, "whole"), (200, 128, 32, "rows"), (65, 512, 64, "expert"), (3, 20, 64, "whole"),
-        (40, 1055, 128, "columns"), (300, 257, 4096, "corner"), (130, 1152, 64, "whole"),
+        (16, 64, 64, "whole"), (33, 96, 64, "whole"), (200, 128, 32, "rows"), (65, 512, 64, "expert"),
+        (3, 20, 64, "whole"), (40, 1055, 128, "columns"), (300, 257, 4096, "corner"), (130, 1152, 64, "whole"),
     ],
 )  # fmt: skip
 def test_products(lanes, n, k, blocksize, part, gpu):
@@ -175,34 +181,25 @@ def test_every_division(lanes):
 
 
 def test_plans(lanes):
-    """A plan covers the weight, fits the kernel's limits, and leaves no multiprocessor of the GPU idle where it could."""
+    """A plan covers the weight and fits the kernel's limits; the multiprocessors have not much more to do than their
+    share of a large weight."""
     draw = random.Random(6)
-    sizes = [
-        (4096, 4096),
-        (14336, 4096),
-        (4096, 14336),
-        (1024, 4096),
-        (128256, 4096),
-        (1, 1),
-        (17, 100000),
-        (3420, 1280),
-    ]
+    sizes = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (128256, 4096), (1, 1), (17, 100000)]
     sizes += [(draw.randint(1, 40000), draw.randint(1, 40000)) for _ in range(200)]
     for gpu, clusters in GPUS.items():
         for n, k in sizes:
             units, groups, splits, steps, steps_per_split, tiles, blocks = lanes.plan(n, k, clusters)
+            at_once = clusters[splits.bit_length() - 1]
             assert groups <= units <= min(16, 4 * groups)
             assert 8 % groups == 0
-            assert clusters[splits.bit_length() - 1] > 0
+            assert at_once > 0
             assert steps == -(-k // 128)
             assert (splits - 1) * steps_per_split < steps <= splits * steps_per_split
             assert (tiles - 1) * units * 16 < n <= tiles * units * 16
-            assert blocks == splits * min(tiles, clusters[splits.bit_length() - 1])
+            assert blocks == splits * min(tiles, at_once)
             if gpu in ("H200", "A100") and n * k >= 2**24:
-                assert blocks * -(-tiles * splits // blocks) * units * steps_per_split * 2048 < 1.5 * n * k + 2**22, (
-                    n,
-                    k,
-                )
+                share = -(-tiles // at_once) * units * steps_per_split * 2048
+                assert share * clusters[0] < (1.5 if gpu == "H200" else 2) * n * k, (n, k)
 
 
 def test_sizes_that_the_indices_do_not_hold(lanes):

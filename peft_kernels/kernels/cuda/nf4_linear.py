@@ -1,11 +1,12 @@
-"""`nf4_linear` for at most 16 rows by csrc/nf4_linear.cu: one launch, the packed weight read once, decoded in registers.
+"""`nf4_linear` for at most 16 rows by csrc/nf4_linear.cu: one launch, the packed weight read once and decoded in
+registers.
 
 Floor: the packed weight read once; nested, 14336 x 4096 at 4.3 TB/s is 7.1 µs, 4096 x 4096 2.0 µs. Compiled for sm_80,
 sm_90a and sm_100; never run on a GPU yet (docs/kernels.md).
 
 How K is split is a function of N, K and the GPU, not of M: a row has the same bits alone and in a batch. The fast form
-takes rows that begin at multiples of 32 elements (K % 32 == 0 for a whole weight, whatever the blocksize); any other row,
-odd K and odd starts included, takes a form of about twice the instructions.
+takes rows that begin at multiples of 32 elements (for a whole weight K % 32 == 0, whatever the blocksize); any other
+row, odd K and odd starts included, takes a form of about twice the instructions.
 """
 
 from __future__ import annotations
