@@ -26,38 +26,38 @@ def _cuobjdump() -> str:
 
 
 @cache
-def _dump(path: str, *options: str) -> str:
+def dump(path: str, *options: str) -> str:
     return subprocess.run([_cuobjdump(), *options, path], capture_output=True, text=True, check=True).stdout
 
 
-def _archs(cuda) -> list[str]:
+def archs(cuda) -> list[str]:
     return [arch.removesuffix("+PTX") for arch in cuda.build_info()["archs"].split(";")]
 
 
 def test_every_architecture_that_it_names(cuda):
-    elf = _dump(cuda.__file__, "--list-elf")
+    elf = dump(cuda.__file__, "--list-elf")
     for source in ("philox_dropout", "splitk_reduce"):
-        assert set(re.findall(rf"{source}\.sm_(\w+)\.cubin", elf)) == set(_archs(cuda))
+        assert set(re.findall(rf"{source}\.sm_(\w+)\.cubin", elf)) == set(archs(cuda))
     newest = cuda.build_info()["archs"].split(";")[-1]
     if newest.endswith("+PTX"):
-        assert f"sm_{newest.removesuffix('+PTX')}.ptx" in _dump(cuda.__file__, "--list-ptx")
+        assert f"sm_{newest.removesuffix('+PTX')}.ptx" in dump(cuda.__file__, "--list-ptx")
 
 
 def test_no_spills_and_few_registers(cuda):
     """Both kernels are bound by memory: they need every thread that a multiprocessor can hold, 32 registers each."""
-    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", _dump(cuda.__file__, "-res-usage"))
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", dump(cuda.__file__, "-res-usage"))
     usage = [row for row in usage if any(kernel in row[0] for kernel in KERNELS)]
-    assert len(usage) == 12 * len(_archs(cuda))
+    assert len(usage) == 12 * len(archs(cuda))
     for name, registers, stack, local in usage:
         assert (int(stack), int(local)) == (0, 0), name
         assert int(registers) <= (32 if "philox" in name else 64), name
 
 
 def test_wide_accesses(cuda):
-    functions = re.split(r"\n\s*Function : ", _dump(cuda.__file__, "-sass"))[1:]
+    functions = re.split(r"\n\s*Function : ", dump(cuda.__file__, "-sass"))[1:]
     wide = [f for f in functions if "philox_dropout_kernel" in f[:200] and "Lb1E" in f.split("\n")[0]]
     wide += [f for f in functions if "splitk_reduce_kernel" in f[:200] and "Li4E" in f.split("\n")[0]]
-    assert len(wide) == 6 * len(_archs(cuda))
+    assert len(wide) == 6 * len(archs(cuda))
     for function in wide:
         assert re.search(r"LDG\.E(\.\w+)*\.128", function), function.split("\n")[0]
 
