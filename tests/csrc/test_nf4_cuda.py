@@ -4,14 +4,18 @@ The functions are those that the device compiles; a warp's lanes run one after a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from peft_kernels.formats.nf4 import BLOCKSIZES, CODE, NF4Weight, dynamic_map
+from peft_kernels.kernels.cuda import nf4_linear, nf4_lora_linear
 from peft_kernels.kernels.reference import nf4_dequantize
+from peft_kernels.ops.nf4_linear import Problem
 from tests.csrc import nf4_lanes
 from tests.csrc.nf4_lanes import ANY, FORMS, NESTED, PLAIN, Lanes
 from tests.problems.nf4 import PARTS, part_of
@@ -207,3 +211,54 @@ def test_sizes_that_the_indices_do_not_hold(lanes):
     for changed in (q._replace(row_stride=2**31), q._replace(first=2**37)):
         code = lanes.library.nf4_weights(1, nf4_lanes.layout(changed), nf4_lanes.tensors(changed), 0, 0, None)
         assert code == -1
+
+
+def wanted(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Problem:
+    return Problem(device, 0, dtype, m, n, k, 64, True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (wanted(1, 64, 64, device="cpu"), "for CUDA tensors"), (wanted(32, 64, 64), "at most 16 rows"),
+        (wanted(1, 64, 64, torch.float32), "not in torch.float32"), (wanted(0, 64, 64), "nothing to compute"),
+        (wanted(1, 2**31, 64), "a side of the weight"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_it_says_what_it_cannot_compute(problem, reason):
+    assert reason in nf4_linear.unsupported(problem)
+
+
+def test_rows_that_begin_at_multiples_of_16_bytes():
+    for x in (torch.randn(4, 3420), torch.randn(5, 97)[:, 1:], torch.randn(8, 3).t(), torch.randn(1, 64).expand(3, 64)):
+        x = x.bfloat16()
+        got = nf4_linear.aligned_rows(x)
+        assert torch.equal(got, x)
+        assert got.data_ptr() % 16 == 0
+        assert got.stride(0) % 8 == 0
+        assert nf4_linear.aligned_rows(got) is got
+
+
+def test_launches_take_the_arguments_that_they_are_given(cuda, monkeypatch):
+    """As far as the driver: a device that does not exist."""
+    x, q = torch.zeros(3, 96, dtype=torch.bfloat16), part_of("whole", 40, 96)
+    calls = []
+    native = SimpleNamespace(
+        nf4_clusters=lambda device: [132, 66, 33, 16],
+        nf4_plan=cuda.nf4_plan,
+        nf4_linear=lambda _, *rest: calls.append((cuda.nf4_linear, rest)),
+        lora_down=lambda _, *rest: calls.append((cuda.lora_down, rest)),
+    )
+    monkeypatch.setattr(nf4_linear._native, "load", lambda part: native)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(nf4_linear, "plan", lambda device, n, k: cuda.nf4_plan(n, k, [132, 66, 33, 16]))
+    nf4_linear.forward(x, q, torch.zeros(40, dtype=torch.bfloat16))
+    a, b = torch.zeros(16, 96, dtype=torch.bfloat16), torch.zeros(40, 16, dtype=torch.bfloat16)
+    y, s = nf4_lora_linear.forward(x, q, None, a, b, 1.0, 0.0, None)
+    assert (y.shape, s.shape) == ((3, 40), (3, 16))
+    assert [function.__name__ for function, _ in calls] == ["nf4_linear", "lora_down", "nf4_linear"]
+    for function, arguments in calls:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            function(10_000, *arguments)

@@ -12,14 +12,16 @@ row, odd K and odd starts included, takes a form of about twice the instructions
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from peft_kernels import _native
+from peft_kernels import _native, dispatch
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels.composed import nf4_linear as composed
 from peft_kernels.kernels.cpu.nf4_dequantize import arguments, contiguous
+from peft_kernels.ops.nf4_linear import problem
 
 MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
@@ -54,7 +56,15 @@ def forward(x, q, bias):
 
 
 def backward(grad_y, q):
-    return composed.backward(grad_y, q)
+    """dx by the implementation that is next in the order: this one has no kernel for it."""
+    return _for_dx(problem(grad_y, q)).backward(grad_y, q)
+
+
+@functools.lru_cache(maxsize=4096)
+def _for_dx(wanted) -> ModuleType:
+    backends = (backend for backend in dispatch.ORDER["nf4_linear"] if backend != "cuda")
+    backend = next(b for b in backends if dispatch.objection("nf4_linear", b, wanted) is None)
+    return dispatch.implementation("nf4_linear", backend)
 
 
 def fits(q: NF4Weight) -> bool:

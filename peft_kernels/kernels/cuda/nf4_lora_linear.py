@@ -12,6 +12,7 @@ from peft_kernels import _native
 from peft_kernels.checks import MAX_RANK
 from peft_kernels.kernels.composed import nf4_lora_linear as composed
 from peft_kernels.kernels.composed._passes import cast
+from peft_kernels.kernels.cpu.nf4_dequantize import contiguous
 from peft_kernels.kernels.cuda import nf4_linear
 
 backward = composed.backward
@@ -34,7 +35,7 @@ def forward(x, q, bias, lora_A, lora_B, scaling, dropout_p, seed):
         return composed.forward(x, q, bias, lora_A, lora_B, scaling, dropout_p, seed)
     # Everything is in place before the first launch: nothing may come between the two.
     x, a, b = nf4_linear.aligned_rows(x), _rows(cast(lora_A, x.dtype)), _rows(cast(lora_B, x.dtype))
-    bias = None if bias is None else bias.contiguous()
+    q, bias = contiguous(q), None if bias is None else bias.contiguous()
     (m, k), r = x.shape, a.shape[0]
     s = torch.empty(m, r, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
