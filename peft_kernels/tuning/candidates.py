@@ -124,7 +124,9 @@ SPACES: dict[str, Space] = {
     "expert_sum_over_rows": _SUMS,
     "nf4_dequantize": Space((("block", (2048, 4096, 8192)), _WARPS)),
     "nf4_gemm": _NF4_GEMM,
+    "nf4_gemm_any": _NF4_GEMM,
     "nf4_grad_x": _NF4_GRAD_X,
+    "nf4_grad_x_any": _NF4_GRAD_X,
 }
 
 

@@ -140,7 +140,8 @@ class Nf4Dequantize(Config):
 @dataclass(frozen=True)
 class Nf4Gemm(Config):
     """N rows and K columns are those of the weight, `block_n` by `block_k` of which are decoded at a time. The sum is
-    split where fewer than `programs` tiles are there. `block_r` and `group_m` as in `ExtendedGemm`."""
+    split where fewer than `programs` tiles are there. `block_r` and `group_m` as in `ExtendedGemm`. The kernels named
+    "any" take rows whose blocks straddle them, and float32."""
 
     block_m: int
     block_n: int
@@ -176,5 +177,7 @@ CONFIGS: dict[str, type[Config]] = {
     "expert_sum_over_rows": SumOverRows,
     "nf4_dequantize": Nf4Dequantize,
     "nf4_gemm": Nf4Gemm,
+    "nf4_gemm_any": Nf4Gemm,
     "nf4_grad_x": Nf4Gemm,
+    "nf4_grad_x_any": Nf4Gemm,
 }

@@ -15,6 +15,7 @@ takes 3.0 to 3.7 us of an H200's issue slots. Above some 1000 rows decoding once
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from peft_kernels import tuning
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels.triton import _launch
 from peft_kernels.kernels.triton._gemm_tile import low_rank, tile_of
-from peft_kernels.kernels.triton._nf4_tile import Layout, codes, layout_of, permuted, permuted_columns, weights
+from peft_kernels.kernels.triton._nf4_tile import Layout, aligned, codes, layout_of, permuted, permuted_columns, weights
 
+_ALIGNED = 8  # elements of a 16-byte load
 _FEW = 32  # rows of x up to which W comes first
 
 
@@ -38,19 +40,19 @@ def nf4_gemm(
     (m, k), n = x.shape, q.layout[0]
     r = 0 if b is None else b.shape[1]
     arch = _launch.architecture(x.device)
-    config = tuning.config(arch, "nf4_gemm", x.dtype, m=_launch.bucket(m), n=n, r=r)
+    config = tuning.config(arch, "nf4_gemm" if aligned(q) else "nf4_gemm_any", x.dtype, m=_launch.bucket(m), n=n, r=r)
     tiles = _launch.blocks(m, config.block_m) * _launch.blocks(n, config.block_n)
     splits, k_per_split = _launch.split(k, config.block_k, tiles, config.programs)
     out = torch.empty((splits, m, n), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if out.numel() == 0:
         return out[0]
-    layout = layout_of(q)
+    layout = layout_of(q, widest=config.block_k)
     _launch.launch(
         _nf4_gemm, (tiles, splits), x.device,
         *layout.arguments, x, bias, s, b, out, m, n, k, r, k_per_split, *x.stride(),
         0 if bias is None else bias.stride(0), *(s.stride() if s is not None else (0, 0)),
         *(b.stride() if b is not None else (0, 0)), scaling,
-        WHOLE=layout.whole(config.block_k),
+        WHOLE=layout.whole(config.block_k), X_ALIGNED=math.gcd(x.stride(0), _ALIGNED),
         **_orientation(arch, layout, config), PRECISION=_launch.dot_precision(x.dtype),
         **{**config.options(), "BLOCK_R": min(_launch.padded_rank(max(r, 1)), config.block_r)}, **layout.options,
     )  # fmt: skip
@@ -72,7 +74,7 @@ def _nf4_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr, SEGMENT: tl.constexpr, SHIFT: tl.constexpr, ALIGNED: tl.constexpr, FORM: tl.constexpr,
     STRADDLES: tl.constexpr, MASKED: tl.constexpr, ENDS: tl.constexpr,
-    WHOLE: tl.constexpr, W_FIRST: tl.constexpr, PERMUTED: tl.constexpr,
+    WHOLE: tl.constexpr, W_FIRST: tl.constexpr, PERMUTED: tl.constexpr, X_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out [split, M, N], contiguous; s and b None without a low-rank part, which is the first split's."""
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -96,7 +98,8 @@ def _nf4_gemm(
     per_row: tl.constexpr = BLOCK_K // SEGMENT
     segment = tl.arange(0, BLOCK_N * per_row)
     offset = segment % per_row * SEGMENT
-    K = K // ENDS * ENDS  # the same number, but the compiler sees how far rows are aligned
+    # The same numbers, but the compiler sees how far rows are aligned.
+    K, stride_xm = K // ENDS * ENDS, stride_xm // X_ALIGNED * X_ALIGNED
     begin = split * k_per_split
     end = tl.minimum(begin + k_per_split, K)
     start = first + tl.minimum(column + segment // per_row, N - 1) * row_stride + offset

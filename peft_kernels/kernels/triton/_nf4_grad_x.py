@@ -19,7 +19,7 @@ from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels.reference.philox_dropout import LANES, scale, threshold
 from peft_kernels.kernels.triton import _launch
 from peft_kernels.kernels.triton._gemm_tile import low_rank, tile_of
-from peft_kernels.kernels.triton._nf4_tile import codes, layout_of, weights
+from peft_kernels.kernels.triton._nf4_tile import aligned, codes, layout_of, weights
 
 
 def nf4_grad_x(
@@ -38,13 +38,21 @@ def nf4_grad_x(
     (m, n), k = grad_y.shape, q.layout[1]
     r = 0 if a is None else a.shape[0]
     arch = _launch.architecture(grad_y.device)
-    config = tuning.config(arch, "nf4_grad_x", grad_y.dtype, dropout=seed is not None, m=_launch.bucket(m), n=n, r=r)
+    config = tuning.config(
+        arch,
+        "nf4_grad_x" if aligned(q) else "nf4_grad_x_any",
+        grad_y.dtype,
+        dropout=seed is not None,
+        m=_launch.bucket(m),
+        n=n,
+        r=r,
+    )
     tiles = _launch.blocks(m, config.block_m) * _launch.blocks(k, config.block_k)
     splits, n_per_split = _launch.split(n, config.block_n, tiles, config.programs)
     out = torch.empty((splits, m, k), dtype=grad_y.dtype if splits == 1 else torch.float32, device=grad_y.device)
     if out.numel() == 0:
         return out[0]
-    layout = layout_of(q)
+    layout = layout_of(q, widest=config.block_k)
     _launch.launch(
         _nf4_grad_x, (tiles, splits), grad_y.device,
         *layout.arguments, grad_y, grad_s, a, out, seed, m, n, k, r, n_per_split, *grad_y.stride(),

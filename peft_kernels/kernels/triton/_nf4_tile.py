@@ -16,9 +16,9 @@ Source of the byte permutation: `prmt` of the PTX ISA; llama.cpp looks 8-bit cod
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -51,21 +51,22 @@ class Layout(NamedTuple):
         return not self.options["STRADDLES"] and self.columns % block_k == 0
 
 
-def layout_of(q: NF4Weight, *, flat: bool = False) -> Layout:
-    """The layout of `q`, a matrix; with `flat`, of a contiguous one, as a single row."""
+def layout_of(q: NF4Weight, *, flat: bool = False, widest: int = WIDEST_SEGMENT) -> Layout:
+    """The layout of `q`, a matrix, in segments of at most `widest`; `flat`: it is contiguous, taken as a single row."""
     n, k, stride, first, blocksize, _ = q.layout
     if flat:
         k, stride = n * k, 0
-    # The largest power of two that divides every row's start.
-    alignment = math.gcd(stride, first, 1 << 12)
-    segment = min(WIDEST_SEGMENT, blocksize, max(alignment, _LEAST_SEGMENT_OF_TABLE))
-    within = alignment % segment == 0
-    if not within:
-        segment = min(WIDEST_SEGMENT, blocksize)
-    masked = k % segment != 0
-    if alignment % 2:
+    # The largest power of two that divides every row's start, and the one that divides every row's end too.
+    starts = math.gcd(stride, first, 1 << 12)
+    ends = starts if flat else math.gcd(starts, k)
+    longest = min(widest, WIDEST_SEGMENT, blocksize)
+    segment = min(longest, ends if ends >= _LEAST_SEGMENT_OF_TABLE else starts)
+    if segment < min(longest, _LEAST_SEGMENT_OF_TABLE):
+        segment = longest
+    within = starts % segment == 0
+    if starts % 2:
         form = NIBBLES
-    elif within and q.dtype.itemsize == 2 and not (masked and not flat) and _words(q) and not _launch.INTERPRETED:
+    elif within and (flat or k % segment == 0) and _in_words(q, segment) and not _launch.INTERPRETED:
         form = TABLE
     else:
         form = PAIRS
@@ -73,10 +74,10 @@ def layout_of(q: NF4Weight, *, flat: bool = False) -> Layout:
     options = {
         "SEGMENT": segment,
         "SHIFT": blocksize.bit_length() - 1,
-        "ALIGNED": min(alignment, WIDEST_SEGMENT),
+        "ALIGNED": min(starts, WIDEST_SEGMENT),
         "FORM": form,
         "STRADDLES": not within,
-        "MASKED": masked,
+        "MASKED": k % segment != 0,
         "ENDS": math.gcd(k, WIDEST_SEGMENT),
         # A product and a sum that round apart, as the format has it; nothing else here has one to fuse.
         "enable_fp_fusion": False,
@@ -84,9 +85,16 @@ def layout_of(q: NF4Weight, *, flat: bool = False) -> Layout:
     return Layout((*tensors, first, stride), options, segment, k)
 
 
-def _words(q: NF4Weight) -> bool:
-    """Whether the packed bytes can be read 4 at a time."""
-    return q.packed.data_ptr() % 4 == 0
+def aligned(q: NF4Weight) -> bool:
+    """Whether `layout_of` gives "table" for `q`, a matrix, outside the interpreter. Kernels have other configurations
+    where not."""
+    _, k, stride, first, blocksize, _ = q.layout
+    return _in_words(q, min(WIDEST_SEGMENT, blocksize, math.gcd(stride, first, k, 1 << 12)))
+
+
+def _in_words(q: NF4Weight, segment: int) -> bool:
+    """Whether "table" can decode such segments: its words of 8 weights are 4-byte loads."""
+    return segment >= _LEAST_SEGMENT_OF_TABLE and q.dtype.itemsize == 2 and q.packed.data_ptr() % 4 == 0
 
 
 def table_assembly(dtype: str) -> str:
@@ -102,7 +110,7 @@ def table_assembly(dtype: str) -> str:
 
 
 def _float_bits(value: float) -> str:
-    return f"0f{torch.tensor(value).view(torch.int32).item() & 0xFFFFFFFF:08X}"
+    return f"0f{struct.pack('>f', value).hex().upper()}"
 
 
 def lookup_assembly() -> str:
