@@ -110,6 +110,7 @@ def test_copies_have_weights_of_their_own(fused):
     model(x_of())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(first(copied)) in LINEARS
+        assert first(copied).__dict__["_peft_kernels_stored"]._made is None, "made over the original's memory"
         models.assert_close(copied, models.twin(model), x_of())
         in_place(copied)
         models.assert_close(copied, models.twin(copied), x_of())
