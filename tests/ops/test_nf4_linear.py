@@ -38,7 +38,7 @@ def grid() -> list[tuple]:
     chance = random.Random(20240611)
     cases = []
     for i in range(3 * len(BATCHES)):
-        size, blocksize = SIZES[(5 * i) % len(SIZES)], BLOCKSIZES[(3 * i + i // 8) % len(BLOCKSIZES)]
+        size, blocksize = SIZES[(5 * i + i // 12) % len(SIZES)], BLOCKSIZES[(3 * i + i // 8) % len(BLOCKSIZES)]
         part, layout = chance.choice(PARTS), chance.choice(("plain", "transposed", "sliced", "expanded"))
         case = (
             BATCHES[i % len(BATCHES)], *size, chance.choice(RANKS), blocksize, chance.random() < 0.6, part,
@@ -85,6 +85,16 @@ def test_awkward_problems(backend, case):
     problem.tensors["x"] = laid_out(problem.tensors["x"], layout)
     problem.grad_y = laid_out(problem.grad_y, layout)
     assert_within_rounding(problem, problem.run())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("k", "n"), [(33, 70), (95, 33), (67, 64), (70, 129)])
+@LINEAR
+def test_every_number_of_rows_with_every_remainder(backend, dtype, k, n):
+    """Tiles of rows, of columns and of both have ends of their own."""
+    for m in range(1, 20):
+        problem = Nf4Problem(m, k, n, dtype, blocksize=32, part=PARTS[m % len(PARTS)], device=backend.device)
+        assert_within_rounding(problem, problem.run())
 
 
 # (m, k, n, blocksize, nested): enough outputs that the ratio of two errors is not a matter of luck. For up to 11 rows
