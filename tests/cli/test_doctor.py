@@ -10,7 +10,7 @@ import torch
 from peft_kernels import dispatch, selfcheck
 from peft_kernels.cli.main import main
 from peft_kernels.kernels.composed import lora_linear as composed
-from peft_kernels.kernels.reference import philox_dropout, splitk_reduce
+from peft_kernels.kernels.reference import nf4_dequantize, nf4_quantize, philox_dropout, splitk_reduce
 
 
 def test_every_op_has_cases_and_every_implementation_an_outcome(tmp_path, capsys):
@@ -77,6 +77,45 @@ def test_a_reduction_that_loses_a_part_is_found(monkeypatch):
         lambda partials, *rest: reduce(partials[:-1] if len(partials) > 1 else partials, *rest),
     )
     assert "y has error" in _check("splitk_reduce", "reference").failure
+
+
+def _swapped(q, numbers):
+    """Each pair of weights in the wrong order."""
+    return _ELEMENTS(q, numbers ^ 1 if q.packed.numel() * 2 > int(numbers.max()) + 1 else numbers)
+
+
+def _of_the_row(q, numbers):
+    """As if each row began a block."""
+    k = q.layout[1]
+    per_row = -(-k // q.blocksize)
+    blocks = numbers // k * per_row + numbers % k // q.blocksize
+    return (
+        _ELEMENTS(q, numbers)
+        / nf4_dequantize.absmax(q, numbers // q.blocksize)
+        * nf4_dequantize.absmax(q, blocks.clamp(max=q.absmax.numel() - 1))
+    )
+
+
+_ELEMENTS = nf4_dequantize.elements
+
+
+@pytest.mark.parametrize("wrong", [_swapped, _of_the_row])
+@pytest.mark.parametrize("op", ["nf4_dequantize", "nf4_linear", "nf4_lora_linear"])
+def test_wrong_weights_of_4_bits_are_found(op, wrong, monkeypatch):
+    monkeypatch.setattr(nf4_dequantize, "elements", wrong)
+    assert "y has error" in _check(op, "reference").failure
+
+
+def test_one_wrong_index_in_a_quantised_weight_is_found(monkeypatch):
+    quantize = nf4_quantize.forward
+
+    def off_by_one(weight, blocksize):
+        packed, absmax = quantize(weight, blocksize)
+        packed[7] ^= 1
+        return packed, absmax
+
+    monkeypatch.setattr(nf4_quantize, "forward", off_by_one)
+    assert "y has error" in _check("nf4_quantize", "reference").failure
 
 
 def test_doctor_fails_when_an_implementation_is_wrong(tmp_path, monkeypatch, capsys):

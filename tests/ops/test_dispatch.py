@@ -14,7 +14,8 @@ import torch
 
 import peft_kernels
 from peft_kernels import dispatch, functional
-from peft_kernels.ops import lora_linear
+from peft_kernels.ops import lora_linear, nf4_linear
+from peft_kernels.problems import Draw, nf4_weight
 from tests.backends import probe
 from tests.helpers import LoraProblem
 from tests.problems import PLAIN
@@ -192,6 +193,48 @@ def test_unknown_gpu_never_raises(dtype):
     assert dispatch.choose("lora_linear", problem._replace(device="xpu")).backend == "composed"
     if not torch.cuda.is_available():
         assert choice.backend == "composed"
+
+
+QUANTISED = ("nf4_linear", "nf4_lora_linear", "nf4_dequantize", "nf4_quantize")
+
+
+@pytest.mark.parametrize("op", QUANTISED)
+def test_an_unknown_gpu_takes_weights_of_4_bits(op):
+    """One that nobody measured, or of another maker: a choice with a reason for each that was passed over."""
+    plain = probe(op, "cpu")
+    for device, index in (("cuda", 0), ("cuda", 7), ("xpu", 0)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for sizes in ({}, {"n": 12289, "k": 4097}):
+                known = {name: size for name, size in sizes.items() if name in plain._fields}
+                problem = plain._replace(device=device, device_index=index, dtype=dtype, **known)
+                choice = dispatch.choose(op, problem)
+                assert choice.backend in dispatch.ORDER[op]
+                assert all(reason.strip() for _, reason in choice.rejected)
+
+
+def test_a_weight_of_4_bits_is_explained_without_memory():
+    """From the meta device, by position and by name, forced and not."""
+    q = nf4_weight(Draw("meta"), 2**16, 2**16)
+    x, a, b = (torch.empty(*shape, device="meta") for shape in ((2**20, 2**16), (16, 2**16), (2**16, 16)))
+    assert peft_kernels.explain("nf4_linear", x, q).op == "nf4_linear"
+    assert peft_kernels.explain("nf4_lora_linear", x, q=q, lora_A=a, lora_B=b, dropout_p=0.1).op == "nf4_lora_linear"
+    assert peft_kernels.explain("nf4_dequantize", q, torch.float16).op == "nf4_dequantize"
+    assert peft_kernels.explain("nf4_quantize", x, blocksize=128).op == "nf4_quantize"
+    with peft_kernels.use_backend("composed"):
+        assert peft_kernels.explain("nf4_linear", x, q).backend == "composed"
+        assert peft_kernels.explain("nf4_dequantize", q).backend != "composed"
+
+
+def test_the_choice_for_4_bits_depends_on_rows_blocks_and_nesting():
+    """Kernels exist for some of them only; batches of 9 and 16 rows ask once."""
+    q, x = nf4_weight(Draw("cpu"), 64, 64), torch.ones(16, 64)
+    first = nf4_linear.problem(x, q)
+    assert nf4_linear.problem(x[:9], q) == first == nf4_linear.problem(x, q.rows(0, 64))
+    others = [nf4_linear.problem(x[:8], q), nf4_linear.problem(x.bfloat16(), q), nf4_linear.problem(x, q.rows(0, 9))]
+    others += [
+        nf4_linear.problem(x, nf4_weight(Draw("cpu"), 64, 64, **o)) for o in ({"nested": False}, {"blocksize": 32})
+    ]
+    assert len({first, *others}) == 6
 
 
 def test_environment_variable_forces_a_process():
