@@ -339,6 +339,37 @@ def test_whole_models_in_sixteen_bits(x_dtype, fused):
     assert check(model, tokens(model), verbose=False).ok
 
 
+@pytest.mark.parametrize("adapter", [{}, {"use_dora": True}], ids=str)
+def test_all_is_computed_in_the_compute_dtype_and_returned_in_that_of_x(adapter, monkeypatch):
+    """Groups, blocks, single layers, sums of adapters and DoRA, where x is float32."""
+    from peft_kernels import functional
+
+    model = quantised.llama(compute=torch.bfloat16, adapter=adapter)
+    accelerate(model, strict=True)
+    seen, results = {}, set()
+
+    def watch(name, original):
+        def watched(x, *args, **kwargs):
+            seen[name] = x.dtype
+            return original(x, *args, **kwargs)
+
+        return watched
+
+    for name in ("lora_linear", "lora_linear_group", "lora_swiglu_mlp", "dora_linear"):
+        monkeypatch.setattr(functional, name, watch(name, getattr(functional, name)))
+    block = model.base_model.model.model.layers[0]
+    for module in (block.self_attn.k_proj, block.self_attn.o_proj, block.mlp):
+        module.register_forward_hook(lambda module, inputs, y: results.add(y.dtype))
+    model(**tokens(model))
+    if not adapter:
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"]))
+        model.base_model.set_adapter(["default", "other"])
+        model(**tokens(model))
+    expected = {"dora_linear"} if adapter else {"lora_linear", "lora_linear_group", "lora_swiglu_mlp"}
+    assert seen == dict.fromkeys(expected, torch.bfloat16)
+    assert results == {torch.float32}
+
+
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_weights_stored_as_another_dtype(storage, fused):
     """As FSDP wants them: the same bytes."""
