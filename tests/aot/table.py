@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.aot import test_compile_nf4 as nf4
 from tests.aot.test_compile_lora_linear import BF16, FEW, Case, _chosen, _compiled
 
 HEADS = ("result", "kernel", "r", "tile", "warps, stages", "registers", "spilled", "shared KiB", "tensor", "copies")
@@ -53,6 +54,37 @@ def _row(label: str, case: Case, config) -> tuple:
     )
 
 
+HEADS_OF_4_BITS = (
+    "kernel", "M up to", "tile M x N x K", "warps, stages", "registers", "spilled", "shared KiB", "tensor",
+    "instructions a weight",
+)  # fmt: skip
+
+
+def _row_of_4_bits(case: nf4.Case) -> tuple:
+    with pytest.MonkeyPatch.context() as patch:
+        machine = nf4._compiled(patch, case)
+    config = nf4._config(case)
+    tensor = machine.tensor_core
+    return (
+        f"`{case.kernel}`",
+        case.m,
+        f"{config.block_m}x{config.block_n}x{config.block_k}",
+        f"{machine.warps}, {config.num_stages}",
+        machine.registers,
+        machine.local_bytes,
+        round(machine.shared_bytes / 1024),
+        f"{machine.count(tensor)} {tensor}",
+        f"{nf4.instructions_a_weight(machine, config):.1f}",
+    )
+
+
+def _print_4_bits(arch: str) -> None:
+    print(f"\n| {' | '.join(HEADS_OF_4_BITS)} |\n{'|---' * len(HEADS_OF_4_BITS)}|")
+    for case in nf4.CASES:
+        if case.arch == arch and case.dtype != nf4.F32:
+            print(f"| {' | '.join(map(str, _row_of_4_bits(case)))} |")
+
+
 def main(arch: str) -> None:
     print(f"| {' | '.join(HEADS)} |\n{'|---' * len(HEADS)}|")
     for label, kernel, form, dropout, r in LAUNCHES:
@@ -60,6 +92,7 @@ def main(arch: str) -> None:
         config = _chosen(case)
         if config is not None:
             print(f"| {' | '.join(map(str, _row(label, case, config)))} |")
+    _print_4_bits(arch)
 
 
 if __name__ == "__main__":

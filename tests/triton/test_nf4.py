@@ -13,7 +13,7 @@ from peft_kernels.kernels.reference import nf4_dequantize as specification
 from peft_kernels.kernels.triton import _launch, nf4_dequantize, nf4_linear
 from peft_kernels.problems import Draw, nf4_weight
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding
-from tests.problems.nf4 import PARTS, Nf4LoraProblem, Nf4Problem, part_of
+from tests.problems.nf4 import PARTS, Nf4LoraProblem, Nf4Problem, huge_weight, part_of
 
 F16, F32 = torch.float16, torch.float32
 # (N, K, blocksize): blocks that divide rows, half blocks, blocks across rows, odd rows, a row within a block.
@@ -251,6 +251,13 @@ def test_empty(m):
     assert torch.equal(nf4_linear.backward(torch.ones(m, 0, dtype=F16), q.rows(2, 2)), torch.zeros(m, 70, dtype=F16))
     nothing = q.columns(4, 4)
     assert torch.equal(nf4_linear.forward(torch.ones(m, 0, dtype=F16), nothing, None), torch.zeros(m, 6, dtype=F16))
+
+
+def test_rows_beyond_32_bits():
+    q, weight = huge_weight(2, 70, (1 << 33) + 2, "cpu")
+    assert torch.equal(nf4_dequantize.forward(q), weight)
+    assert torch.equal(nf4_linear.forward(_one_hot(3, 70, F32)[0], q, None), weight.t()[_one_hot(3, 70, F32)[1]])
+    assert torch.equal(nf4_linear.backward(torch.eye(2), q), weight)
 
 
 def test_each_rule_is_asked_for_what_it_serves():

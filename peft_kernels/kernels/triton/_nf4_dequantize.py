@@ -63,7 +63,7 @@ def _segments(
         left = columns - column
         inside = row < tl.minimum(rows - above, BLOCK).to(tl.int32)
     weight = weights(
-        packed, absmax, nested_absmax, nested_map, nested_offset, codes(FORM), start, left, inside & (left > 0),
+        packed, absmax, nested_absmax, nested_map, nested_offset, codes(FORM), start, left, inside,
         out.dtype.element_ty, BLOCK, SEGMENT, SHIFT, ALIGNED, FORM, STRADDLES, MASKED, ENDS,
     )  # fmt: skip
     valid = inside[:, None]
