@@ -243,6 +243,15 @@ def test_nan_absmax_stays_in_its_block(arch):
     assert y.isnan().any(0).tolist() == [False, True, False, False, False, False]
 
 
+@pytest.mark.parametrize("k", [70, 65])
+def test_infinite_absmax_meets_nothing_beyond_a_row(k, arch):
+    """Of the last segment of a row only a part is there: the rest is 0, not a code times infinity."""
+    q = nf4_weight(Draw("cpu"), 1, k, dtype=F16, nested=False)
+    q = q._replace(packed=torch.full_like(q.packed, 255), absmax=torch.full_like(q.absmax, float("inf")))
+    y = nf4_linear.forward(torch.ones(17, k, dtype=F16), q, None)
+    assert torch.equal(y, torch.full_like(y, float("inf")))
+
+
 @pytest.mark.parametrize("m", [0, 3])
 def test_empty(m):
     q = nf4_weight(Draw("cpu"), 6, 70, dtype=F16)
