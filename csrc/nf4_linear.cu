@@ -19,23 +19,23 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kThreads = 32 * kPlanWarps;
-constexpr int kUnitsAtOnce = 2;  // of a warp, in the buffer through which warps add up
-constexpr int kTokenStride = 20;  // floats from token to token there: no two lanes of a warp meet in a bank
 
 // Bytes of shared memory: the pair table and the map of double quantisation, the warps' sums, the block's sums.
 constexpr int kWarpSums = kPairTableBytes + kMapBytes;
-__host__ __device__ constexpr int warp_sum_bytes(int tokens) { return kPlanWarps * kUnitsAtOnce * tokens * kTokenStride * 4; }
+constexpr int kWarpSumBytes = kBufferNumel * 4;
 constexpr int block_sum_bytes(int tokens, const Nf4Plan& plan) {
   return plan.splits == 1 ? 0 : plan.units * kUnitRows * tokens * 4;
 }
 constexpr int shared_bytes(int tokens, const Nf4Plan& plan) {
-  return kWarpSums + warp_sum_bytes(tokens) + block_sum_bytes(tokens, plan);
+  return kWarpSums + kWarpSumBytes + block_sum_bytes(tokens, plan);
 }
 
 template <class T>
 constexpr int kElementType = kBFloat16;
 template <>
 constexpr int kElementType<__half> = kFloat16;
+
+static_assert(shared_bytes(16, {kMaxUnits, 1, 1, 0, 0, 0, 0}) <= 99 << 10, "what a block may have on every GPU from sm_80 on");
 
 struct Nf4LinearArguments {
   Nf4Weight q;
@@ -118,32 +118,29 @@ template <class T, int fragments>
 __device__ __forceinline__ void add_warps(const Nf4LinearArguments& a, int tile, int warp, int lane,
                                           const Share& share, const float (&sums)[kGroupUnits][fragments][4],
                                           float* warp_sums, float* block_sums) {
-  constexpr int kTokens = 8 * fragments, kUnitSums = kTokens * kTokenStride;
+  constexpr int kTokens = 8 * fragments, kUnitsAtOnce = kTokensAtOnce / kTokens;
   const int rows = a.plan.units * kUnitRows, groups = a.plan.groups;
 #pragma unroll
-  for (int round = 0; round < kGroupUnits; round += kUnitsAtOnce) {
-    if (round * groups >= a.plan.units) break;
+  for (int unit = 0; unit < kGroupUnits; unit += kUnitsAtOnce) {
+    if (unit * groups >= a.plan.units) break;
 #pragma unroll
-    for (int u = 0; u < kUnitsAtOnce; ++u) {
-      float* target = warp_sums + (warp * kUnitsAtOnce + u) * kUnitSums;
+    for (int u = 0; u < kUnitsAtOnce; ++u)
 #pragma unroll
       for (int f = 0; f < fragments; ++f)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          target[(8 * f + result_token(lane, i)) * kTokenStride + result_row(lane, i)] = sums[round + u][f][i];
-    }
+          warp_sums[buffer_offset(warp, u, 8 * f + result_token(lane, i), result_row(lane, i), kTokens)] =
+              sums[unit + u][f][i];
     __syncthreads();
-    const int count = kUnitsAtOnce * groups * kUnitRows * a.m;
+    const int count = sums_in_round(a.plan, kTokens, a.m);
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-      const int row = i % kUnitRows, column = i / kUnitRows % (kUnitsAtOnce * groups);
-      const int token = i / (kUnitsAtOnce * groups * kUnitRows), u = column / groups, group = column % groups;
-      const int in_tile = unit_row(a.plan, group, round + u) + row;
-      if (in_tile >= rows) continue;
-      const float* source = warp_sums + (group * kUnitsAtOnce + u) * kUnitSums + token * kTokenStride + row;
+      const Sum which = sum_of(a.plan, unit, kTokens, i);
+      if (which.row >= rows) continue;
       float sum = 0.0f;
-      for (int slot = 0; slot < share.slots; ++slot) sum += source[slot * groups * kUnitsAtOnce * kUnitSums];
-      if (a.plan.splits == 1) finish<T>(a, tile * rows + in_tile, token, sum);
-      else block_sums[token * rows + in_tile] = sum;
+      for (int slot = 0; slot < share.slots; ++slot)
+        sum += warp_sums[which.source + buffer_offset(slot * groups, 0, 0, 0, kTokens)];
+      if (a.plan.splits == 1) finish<T>(a, tile * rows + which.row, which.token, sum);
+      else block_sums[which.token * rows + which.row] = sum;
     }
     __syncthreads();
   }
@@ -178,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1) nf4_linear_kernel(const __grid_co
   char* const table = shared;
   float* const map = reinterpret_cast<float*>(shared + kPairTableBytes);
   float* const warp_sums = reinterpret_cast<float*>(shared + kWarpSums);
-  float* const block_sums = reinterpret_cast<float*>(shared + kWarpSums + warp_sum_bytes(8 * fragments));
+  float* const block_sums = reinterpret_cast<float*>(shared + kWarpSums + kWarpSumBytes);
   // Of lane 0, so that the compiler knows it to be the same in all lanes.
   const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0);
   const int lane = static_cast<int>(threadIdx.x % 32);

@@ -108,4 +108,29 @@ PEFT_KERNELS_HOST_DEVICE int unit_row(const Nf4Plan& plan, int group, int u) {
   return (u * plan.groups + group) * kPlanRows;
 }
 
+// The buffer through which the warps of a block add up: 16 units times tokens of each at once, 16 rows for each token.
+constexpr int kTokensAtOnce = 16;
+constexpr int kTokenStride = 20;  // floats from token to token: no two lanes of a warp meet in a bank
+constexpr int kBufferNumel = kPlanWarps * kTokensAtOnce * kTokenStride;
+
+PEFT_KERNELS_HOST_DEVICE int buffer_offset(int warp, int u, int token, int row, int tokens) {
+  return (warp * kTokensAtOnce + u * tokens + token) * kTokenStride + row;
+}
+
+// Sum number `i` of those that a round over the units from `unit` on makes: its token and row in the tile, and where the
+// share of the first warp of its group stands in the buffer; that of the group's next warp is `groups` warps on.
+struct Sum {
+  int token, row, source;
+};
+
+PEFT_KERNELS_HOST_DEVICE int sums_in_round(const Nf4Plan& plan, int tokens, int m) {
+  return kTokensAtOnce / tokens * plan.groups * kPlanRows * m;
+}
+
+PEFT_KERNELS_HOST_DEVICE Sum sum_of(const Nf4Plan& plan, int unit, int tokens, int i) {
+  const int columns = kTokensAtOnce / tokens * plan.groups, row = i % kPlanRows, column = i / kPlanRows % columns;
+  const int token = i / (columns * kPlanRows), u = column / plan.groups, group = column % plan.groups;
+  return {token, unit_row(plan, group, unit + u) + row, buffer_offset(group, u, token, row, tokens)};
+}
+
 }  // namespace peft_kernels

@@ -1,5 +1,6 @@
 // The lanes of csrc/nf4_linear.cu on the host, one after another, by the functions that the device runs: what they load,
 // decode and accumulate. mma.m16n8k16 is written out as the PTX manual lays its operands out over a warp.
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -88,49 +89,83 @@ void weights(const Call& call, int planes, uint16_t* out) {
       }
 }
 
-// y [m, n] = x W^T as the warps of all blocks make it, in the order of the kernel, in double.
+// The sums of a warp: of its units and of the 8 tokens of a fragment, four in each lane.
+struct Sums {
+  double values[kGroupUnits][2][kLanes][4] = {};
+};
+
+// A step of a warp: the product of `units` times 16 rows and 128 columns with x.
+template <int dtype, Rows kind>
+void multiply_step(const Call& call, const Nf4Plan& plan, const Share& share, Position at, int m, const uint16_t* x,
+                   Sums& sums) {
+  const Nf4Weight& q = call.q;
+  for (int u = 0; u < share.units; ++u) {
+    Warp words[4];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int column = at.step * kStepColumns + lane_column(lane);
+      const int row = at.tile * plan.units * kUnitRows + unit_row(plan, share.group, 0) + lane_row(lane);
+      const Origin<kind> origin(q, call.packed, row, column);
+      Chunk<kind> chunk;
+      chunk.load(q, call.packed, origin, unit_row(plan, 0, u));
+      decode_chunk<dtype, kind>(call, chunk, column < q.k, by_planes(u), lane, words);
+    }
+    for (int f = 0; 8 * f < m; ++f)
+      for (int i = 0; i < 4; ++i)
+        for (int product = 0; product < 2; ++product) {
+          uint32_t operand[kLanes][4], right[kLanes][2] = {};
+          for (int lane = 0; lane < kLanes; ++lane) {
+            first_operand(words[i].upper[lane], words[i].lower[lane], product, operand[lane]);
+            const int token = 8 * f + lane_token(lane);
+            const int column = at.step * kStepColumns + lane_column(lane) + 8 * i + 4 * product;
+            for (int e = 0; e < 4 && token < m; ++e)
+              if (column + e < q.k)
+                right[lane][e / 2] |= static_cast<uint32_t>(x[token * q.k + column + e]) << (16 * (e % 2));
+          }
+          multiply(dtype, operand, right, sums.values[u][f]);
+        }
+  }
+}
+
+// Adds a block's warps up through the buffer and adds the tile's rows to y: with splits several blocks do.
+void add_warps(const Nf4Plan& plan, int tile, int64_t n, int m, const Sums (&sums)[kPlanWarps], double* y) {
+  const int tokens = m <= 8 ? 8 : 16, rows = plan.units * kUnitRows, at_once = kTokensAtOnce / tokens;
+  for (int unit = 0; unit < kGroupUnits; unit += at_once) {
+    std::vector<double> buffer(kBufferNumel, std::nan(""));
+    for (int warp = 0; warp < kPlanWarps; ++warp)
+      for (int u = 0; u < at_once; ++u)
+        for (int token = 0; token < tokens; token += 8)
+          for (int lane = 0; lane < kLanes; ++lane)
+            for (int i = 0; i < 4; ++i)
+              buffer.at(buffer_offset(warp, u, token + result_token(lane, i), result_row(lane, i), tokens)) =
+                  sums[warp].values[unit + u][token / 8][lane][i];
+    for (int i = 0; i < sums_in_round(plan, tokens, m); ++i) {
+      const Sum which = sum_of(plan, unit, tokens, i);
+      const int64_t row = static_cast<int64_t>(tile) * rows + which.row;
+      if (which.row >= rows || row >= n) continue;
+      for (int slot = 0; slot < kPlanWarps / plan.groups; ++slot)
+        y[which.token * n + row] += buffer.at(which.source + buffer_offset(slot * plan.groups, 0, 0, 0, tokens));
+    }
+  }
+}
+
+// y [m, n] = x W^T as the warps of all blocks make it, in double.
 template <int dtype, Rows kind>
 void linear(const Call& call, const Nf4Plan& plan, int m, const uint16_t* x, double* y) {
-  const Nf4Weight& q = call.q;
-  for (int block = 0; block < plan.blocks; ++block)
+  for (int block = 0; block < plan.blocks; ++block) {
+    std::vector<Share> shares;
+    std::vector<Position> ahead;
     for (int warp = 0; warp < kPlanWarps; ++warp) {
-      const Share share(plan, block, warp);
-      for (Position at = share.begin(plan, block); at.tile < plan.tiles; share.advance(at))
-        for (int u = 0; u < share.units; ++u) {
-          const int tile_row = at.tile * plan.units * kUnitRows;
-          Warp words[4];
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const int column = at.step * kStepColumns + lane_column(lane);
-            const Origin<kind> origin(q, call.packed, tile_row + unit_row(plan, share.group, 0) + lane_row(lane), column);
-            Chunk<kind> chunk;
-            chunk.load(q, call.packed, origin, unit_row(plan, 0, u));
-            decode_chunk<dtype, kind>(call, chunk, column < q.k, by_planes(u), lane, words);
-          }
-          for (int first_token = 0; first_token < m; first_token += 8) {
-            double sums[kLanes][4] = {};
-            for (int i = 0; i < 4; ++i)
-              for (int product = 0; product < 2; ++product) {
-                uint32_t operand[kLanes][4], right[kLanes][2] = {};
-                for (int lane = 0; lane < kLanes; ++lane) {
-                  first_operand(words[i].upper[lane], words[i].lower[lane], product, operand[lane]);
-                  const int token = first_token + lane_token(lane);
-                  const int column = at.step * kStepColumns + lane_column(lane) + 8 * i + 4 * product;
-                  for (int e = 0; e < 4 && token < m; ++e)
-                    if (column + e < q.k)
-                      right[lane][e / 2] |= static_cast<uint32_t>(x[token * q.k + column + e]) << (16 * (e % 2));
-                }
-                multiply(dtype, operand, right, sums);
-              }
-            for (int lane = 0; lane < kLanes; ++lane)
-              for (int i = 0; i < 4; ++i) {
-                const int token = first_token + result_token(lane, i);
-                const int64_t row = tile_row + unit_row(plan, share.group, u) + result_row(lane, i);
-                const bool in_tile = unit_row(plan, share.group, u) < plan.units * kUnitRows;
-                if (token < m && row < q.n && in_tile) y[token * q.n + row] += sums[lane][i];
-              }
-          }
-        }
+      shares.emplace_back(plan, block, warp);
+      ahead.push_back(shares[warp].begin(plan, block));
     }
+    for (int tile = block / plan.splits; tile < plan.tiles; tile += shares[0].tile_step) {
+      Sums sums[kPlanWarps];
+      for (int warp = 0; warp < kPlanWarps; ++warp)
+        for (; ahead[warp].tile == tile; shares[warp].advance(ahead[warp]))
+          multiply_step<dtype, kind>(call, plan, shares[warp], ahead[warp], m, x, sums[warp]);
+      add_warps(plan, tile, call.q.n, m, sums, y);
+    }
+  }
 }
 
 // Calls `function` with the element type and the kind of rows as constants; any rows where `any` is set or they are not
