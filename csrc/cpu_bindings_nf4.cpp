@@ -28,8 +28,8 @@ Nf4Weight weight(int64_t n, int64_t k, int64_t row_stride, int64_t first, int64_
 #define PEFT_KERNELS_NF4_WEIGHT \
   weight(n, k, row_stride, first, blocksize, packed, absmax, nested_absmax, nested_map, nested_offset)
 
-void dequantize(PEFT_KERNELS_NF4_PARAMETERS, int dtype, int out_dtype, uintptr_t out, int threads) {
-  nf4_dequantize(PEFT_KERNELS_NF4_WEIGHT, dtype, {pointer<void>(out), k, out_dtype}, threads);
+void dequantize(PEFT_KERNELS_NF4_PARAMETERS, int dtype, uintptr_t out, int threads) {
+  nf4_dequantize(PEFT_KERNELS_NF4_WEIGHT, {pointer<void>(out), k, dtype}, threads);
 }
 
 void quantize(uintptr_t values, int dtype, int64_t count, int64_t blocksize, uintptr_t packed, uintptr_t absmax,

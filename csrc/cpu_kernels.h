@@ -96,8 +96,8 @@ void dora_scale(int64_t rows, int64_t columns, Matrix u, const float* g, const f
 void dora_backward(int64_t rows, int64_t columns, Matrix grad_y, Matrix u, const float* g, Matrix grad_u,
                    float* products, float* sums, int threads);
 
-// out [n, k] = the weight, rounded once to `dtype`; out is of that dtype or of float.
-void nf4_dequantize(const Nf4Weight& w, int dtype, Matrix out, int threads);
+// out [n, k] = the weight, rounded once to out's dtype.
+void nf4_dequantize(const Nf4Weight& w, Matrix out, int threads);
 
 // The indices of `count` contiguous values in blocks of `blocksize`, two to a byte, and the blocks' absmax.
 void nf4_quantize(const void* values, int dtype, int64_t count, int64_t blocksize, uint8_t* packed, float* absmax,

@@ -24,10 +24,11 @@ namespace {
 
 constexpr int kNf4FewRows = 4;
 // Forward takes `kNf4RowsMax` rows of W at a time, a whole number of register tiles, and of each 256 terms.
-constexpr int kNf4RowsMax = 48, kNf4Terms = 256;
-// Backward takes 32 rows of 128 columns: 16 KiB.
-constexpr int kNf4RowsOnce = 32, kNf4Columns = 128;
-constexpr int kNf4PrefetchRows = 12;  // the processor does not foresee short pieces of many rows
+constexpr int kNf4RowsMax = 48, kNf4Terms = 256, kNf4Stride = kNf4Terms + 16;
+// Backward takes 32 rows of up to 384 columns: 48 KiB of the L2 cache. Short pieces of rows would cost a miss each.
+constexpr int kNf4RowsOnce = 32, kNf4Columns = 384;
+static_assert(kNf4Terms <= kNf4Columns, "tables suffice for either");
+constexpr int kNf4PrefetchRows = 12;
 constexpr int64_t kNf4BlockRows = 240;  // of x at a time, so that scratch stays small
 
 // Terms between which partial sums leave the registers, so that x stays in the L1 cache.
@@ -49,7 +50,8 @@ constexpr int kWidest = 32;  // columns of the widest panel: rows of x are round
 
 // Starting a thread pays for itself from about 20,000 decoded weights on.
 int useful_threads(const Nf4Product& job, int threads) {
-  const double work = static_cast<double>(job.w.n) * static_cast<double>(job.w.k) * (1.0 + static_cast<double>(job.m) / 8);
+  const double weights = static_cast<double>(job.w.n) * static_cast<double>(job.w.k);
+  const double work = weights * (1.0 + static_cast<double>(job.m) / 8);
   return std::clamp(static_cast<int>(std::min(work / 32768.0, 1e6)), 1, std::max(threads, 1));
 }
 
@@ -67,7 +69,7 @@ void forward_block(const Nf4Product& job, int threads) {
   if (job.m <= kNf4FewRows) return forward_few_rows(job, threads);
   const int wanted = useful_threads(job, threads);
   const int64_t stride = whole(job.m, kWidest), k = whole(job.w.k, 32);
-  const int64_t scratch_size = kNf4RowsMax * (kNf4Terms + stride);
+  const int64_t scratch_size = kNf4RowsMax * (kNf4Stride + stride);
   const auto packed = allocate<float>(k * stride), scratch = allocate<float>(wanted * scratch_size);
   // Where each decoded weight is used for one panel only, it had better stay in the L1 cache.
   const int64_t rows_once = job.m <= PEFT_KERNELS_DISPATCH(nf4_panel, job.m) ? 12 : kNf4RowsMax;
@@ -86,17 +88,20 @@ void forward_block(const Nf4Product& job, int threads) {
 void backward_block(const Nf4Product& job, int threads) {
   const int wanted = useful_threads(job, threads);
   const int64_t scratch_size = (kNf4RowsOnce + job.m) * kNf4Columns;
-  const int64_t stride = whole(job.w.n, 16);  // rows are loaded by whole vectors
-  const auto scratch = allocate<float>(wanted * scratch_size), copy = allocate<float>(job.m * stride);
+  // As many panels as share out evenly.
+  const int64_t panels = whole(std::max<int64_t>(1, steps(job.w.k, kNf4Columns)), wanted);
+  const int64_t columns = whole(steps(std::max<int64_t>(1, job.w.k), panels), 32);
+  const auto scratch = allocate<float>(wanted * scratch_size);
+  const auto packed = allocate<float>(job.m * whole(job.w.n, kNf4RowsOnce));
 #pragma omp parallel num_threads(wanted)
   {
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < job.m; ++m)
-      PEFT_KERNELS_DISPATCH(nf4_load_row, job.x, job.row + m, job.w.n, copy.get() + m * stride);
+    for (int64_t row = 0; row < job.w.n; row += kNf4RowsOnce)
+      PEFT_KERNELS_DISPATCH(nf4_pack_terms, job, row, packed.get() + row * job.m);
 #pragma omp for schedule(static)
-    for (int64_t column = 0; column < job.w.k; column += kNf4Columns)
-      PEFT_KERNELS_DISPATCH(nf4_backward, job, column, std::min<int64_t>(kNf4Columns, job.w.k - column), copy.get(),
-                            stride, scratch.get() + omp_get_thread_num() * scratch_size);
+    for (int64_t column = 0; column < job.w.k; column += columns)
+      PEFT_KERNELS_DISPATCH(nf4_backward, job, column, std::min(columns, job.w.k - column), packed.get(),
+                            scratch.get() + omp_get_thread_num() * scratch_size);
   }
 }
 

@@ -3,6 +3,9 @@
 // A block has 16 values: code times absmax, rounded once. They are computed once per block, as a table from which one
 // or a few shuffles take 32 weights: of bytes with AVX2 (the values cut into planes of bytes), of floats or words with
 // AVX-512. So every weight has the bits of one float product and one rounding, wherever it is used.
+//
+// The tables of a run of blocks are made before its weights are decoded: the steps from a packed absmax to a table take
+// longer than a block's weights, and tables do not wait for one another.
 
 #include "../nf4.h"
 
@@ -27,7 +30,7 @@ PEFT_KERNELS_INLINE float rounded_product(float a, float b) {
   return product;
 }
 
-// Any NaN as the quiet one, to which rounding to bfloat16 by addition does not do harm.
+// Any NaN as the quiet one, which rounding to bfloat16 by addition leaves a NaN.
 PEFT_KERNELS_INLINE float nf4_absmax(const Nf4Weight& w, int64_t block) {
   float value;
   if (w.nested_absmax == nullptr) {
@@ -36,19 +39,23 @@ PEFT_KERNELS_INLINE float nf4_absmax(const Nf4Weight& w, int64_t block) {
     const uint8_t index = static_cast<const uint8_t*>(w.absmax)[block];
     value = rounded_product(w.nested_map[index], w.nested_absmax[block >> kNf4NestedShift]) + *w.nested_offset;
   }
-  return value == value ? value : float_from_bits(0x7FC00000u);
+  if (__builtin_expect(value != value, 0)) return float_from_bits(0x7FC00000u);
+  return value;
 }
 
 // ---- the 16 values of a block ----------------------------------------------------------------------------------
 
-// `value` rounded to Type, as float. No NaN but quiet ones.
+// The bits of `value` rounded to bfloat16, in the low halves. No NaN but the quiet one.
+PEFT_KERNELS_INLINE Words bfloat16_bits(Floats value) {
+  const Words bits = bits_as<Words>(value);
+  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// `value` rounded to Type, as float.
 template <class Type>
 PEFT_KERNELS_INLINE Floats rounded(Floats value) {
   if constexpr (std::is_same_v<Type, Float32>) return value;
-  if constexpr (std::is_same_v<Type, BFloat16>) {
-    const Words bits = bits_as<Words>(value);
-    return bits_as<Floats>((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
-  }
+  if constexpr (std::is_same_v<Type, BFloat16>) return bits_as<Floats>(bfloat16_bits(value) << 16);
   if constexpr (std::is_same_v<Type, Float16>) {
     uint16_t halves[kFloats];
     Type::store_floats(halves, value);
@@ -88,30 +95,42 @@ PEFT_KERNELS_INLINE __m256i nf4_halves(float absmax) {
     constexpr const float* code = kNf4Code;
     const Floats first = _mm256_setr_ps(code[0], code[1], code[2], code[3], code[8], code[9], code[10], code[11]);
     const Floats second = _mm256_setr_ps(code[4], code[5], code[6], code[7], code[12], code[13], code[14], code[15]);
-    const Words a = bits_as<Words>(rounded<Type>(first * splat(absmax))) >> 16;
-    const Words b = bits_as<Words>(rounded<Type>(second * splat(absmax))) >> 16;
+    const Words a = bfloat16_bits(first * splat(absmax)), b = bfloat16_bits(second * splat(absmax));
     return _mm256_packus_epi32(bits_as<__m256i>(a), bits_as<__m256i>(b));
   } else {
     const Floats a = load<Floats>(kNf4Code) * splat(absmax), b = load<Floats>(kNf4Code + 8) * splat(absmax);
-    return _mm256_set_m128i(_mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT;
+    return _mm256_set_m128i(_mm256_cvtps_ph(b, nearest), _mm256_cvtps_ph(a, nearest));
   }
 }
+
+// A plane of 16 bytes in both lanes.
+PEFT_KERNELS_INLINE __m256i load_plane(const uint8_t* plane) {
+  return _mm256_broadcastsi128_si256(load<__m128i>(plane));
+}
+
+// The 16 values of 16 bits as a plane of their low bytes and one of the high ones.
+template <class Type>
+struct HalfTable {
+  alignas(32) uint8_t planes[32];
+
+  PEFT_KERNELS_INLINE void make(float absmax) {
+    const __m256i apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
+                                           0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    store(planes, _mm256_permute4x64_epi64(_mm256_shuffle_epi8(nf4_halves<Type>(absmax), apart), 0xD8));
+  }
+};
 
 struct TwoVectors {
   __m256i first, second;
 };
 
-// The 16 values of 16 bits as two planes of bytes, each in both lanes.
 struct HalfPlanes {
   __m256i low, high;
 
-  PEFT_KERNELS_INLINE explicit HalfPlanes(__m256i halves) {
-    const __m256i apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
-                                           0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-    const __m256i bytes = _mm256_shuffle_epi8(halves, apart);
-    low = _mm256_permute4x64_epi64(bytes, 0x88);
-    high = _mm256_permute4x64_epi64(bytes, 0xDD);
-  }
+  template <class Type>
+  PEFT_KERNELS_INLINE explicit HalfPlanes(const HalfTable<Type>& table)
+      : low(load_plane(table.planes)), high(load_plane(table.planes + 16)) {}
 
   // Words of the elements at indices 0..7 and 8..15 of each lane.
   PEFT_KERNELS_INLINE TwoVectors words(__m256i indices) const {
@@ -120,7 +139,7 @@ struct HalfPlanes {
   }
 };
 
-// The high halves of the elements' floats where they are given, and their low halves, in the order of nf4_place.
+// Floats of which two vectors hold the low and the high words: those at even places, and those at odd places.
 PEFT_KERNELS_INLINE Floats even_words(__m256i low, __m256i high) {
   return bits_as<Floats>(_mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xAA));
 }
@@ -128,22 +147,30 @@ PEFT_KERNELS_INLINE Floats odd_words(__m256i low, __m256i high) {
   return bits_as<Floats>(_mm256_blend_epi16(_mm256_srli_epi32(low, 16), high, 0xAA));
 }
 
+// The 16 values as floats: four planes of bytes.
 template <class Type>
-struct Decoder {
-  __m256i plane[4];
+struct FloatTable {
+  alignas(64) uint8_t planes[64];
 
-  PEFT_KERNELS_INLINE explicit Decoder(float absmax) {
+  PEFT_KERNELS_INLINE void make(float absmax) {
     // Of four values each 32-bit lane gets the bytes of one significance.
     const __m256i apart = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
                                            0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m256i a = _mm256_shuffle_epi8(bits_as<__m256i>(nf4_values<Type>(kNf4Code, absmax)), apart);
     const __m256i b = _mm256_shuffle_epi8(bits_as<__m256i>(nf4_values<Type>(kNf4Code + 8, absmax)), apart);
-    const __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
-    const __m256i first = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5), second = _mm256_setr_epi32(2, 6, 3, 7, 2, 6, 3, 7);
-    plane[0] = _mm256_permutevar8x32_epi32(low, first);
-    plane[1] = _mm256_permutevar8x32_epi32(low, second);
-    plane[2] = _mm256_permutevar8x32_epi32(high, first);
-    plane[3] = _mm256_permutevar8x32_epi32(high, second);
+    const __m256i zip = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    store(planes, _mm256_permutevar8x32_epi32(_mm256_unpacklo_epi32(a, b), zip));
+    store(planes + 32, _mm256_permutevar8x32_epi32(_mm256_unpackhi_epi32(a, b), zip));
+  }
+};
+
+template <class Type>
+struct Decoder {
+  using Table = FloatTable<Type>;
+  __m256i plane[4];
+
+  PEFT_KERNELS_INLINE explicit Decoder(const Table& table) {
+    unrolled<4>([&](auto i) { plane[i] = load_plane(table.planes + 16 * i); });
   }
 
   PEFT_KERNELS_INLINE Group operator()(Bytes16 bytes) const {
@@ -159,9 +186,10 @@ struct Decoder {
 // A bfloat16 is the high half of its float.
 template <>
 struct Decoder<BFloat16> {
+  using Table = HalfTable<BFloat16>;
   HalfPlanes planes;
 
-  PEFT_KERNELS_INLINE explicit Decoder(float absmax) : planes(nf4_halves<BFloat16>(absmax)) {}
+  PEFT_KERNELS_INLINE explicit Decoder(const Table& table) : planes(table) {}
 
   PEFT_KERNELS_INLINE Group operator()(Bytes16 bytes) const {
     const auto [first, second] = planes.words(even_odd_indices(bytes));
@@ -184,9 +212,10 @@ PEFT_KERNELS_INLINE void store_in_order(const Group& group, float* target) {
 // 32 weights of 16 bits, in order, into memory.
 template <class Type>
 struct HalfWriter {
+  using Table = HalfTable<Type>;
   HalfPlanes planes;
 
-  PEFT_KERNELS_INLINE explicit HalfWriter(float absmax) : planes(nf4_halves<Type>(absmax)) {}
+  PEFT_KERNELS_INLINE explicit HalfWriter(const Table& table) : planes(table) {}
 
   PEFT_KERNELS_INLINE void put(Bytes16 bytes, uint16_t* target) const {
     const __m256i wide = _mm256_cvtepu8_epi16(bits_as<__m128i>(bytes));
@@ -201,17 +230,28 @@ struct HalfWriter {
 
 constexpr int nf4_place(int slot) { return slot % 16 * 2 + slot / 16; }
 
+// The 16 values as floats.
+template <class Type>
+struct FloatTable {
+  alignas(64) float values[16];
+
+  PEFT_KERNELS_INLINE void make(float absmax) {
+    for (int i = 0; i < 16; i += kFloats) store(values + i, nf4_values<Type>(kNf4Code + i, absmax));
+  }
+};
+
 template <class Type>
 struct Decoder {
-  Floats table;
+  using Table = FloatTable<Type>;
+  __m512 values;
 
-  PEFT_KERNELS_INLINE explicit Decoder(float absmax) : table(nf4_values<Type>(kNf4Code, absmax)) {}
+  PEFT_KERNELS_INLINE explicit Decoder(const Table& table) : values(load<__m512>(table.values)) {}
 
   PEFT_KERNELS_INLINE Group operator()(Bytes16 bytes) const {
     const __m512i pairs = _mm512_cvtepu8_epi32(bits_as<__m128i>(bytes));
     const __m512i evens = bits_as<__m512i>(bits_as<Words>(pairs) >> 4);
     // The permutation looks at the low 4 bits of an index only.
-    return {{_mm512_permutexvar_ps(evens, table), _mm512_permutexvar_ps(pairs, table)}};
+    return {{_mm512_permutexvar_ps(evens, values), _mm512_permutexvar_ps(pairs, values)}};
   }
 };
 
@@ -222,26 +262,32 @@ PEFT_KERNELS_INLINE void store_in_order(const Group& group, float* target) {
   store(target + 16, _mm512_permutex2var_ps(group.value[0], high, group.value[1]));
 }
 
-// The 16 values in 16 bits each.
+// The 16 values in 16 bits each, twice.
 template <class Type>
-PEFT_KERNELS_INLINE __m256i nf4_halves(float absmax) {
-  if constexpr (std::is_same_v<Type, BFloat16>)
-    return bits_as<__m256i>(
-        __builtin_convertvector(bits_as<Words>(nf4_values<Type>(kNf4Code, absmax)) >> 16, Halves));
-  else
-    return _mm512_maskz_cvtps_ph(0xFFFF, load<Floats>(kNf4Code) * splat(absmax), _MM_FROUND_TO_NEAREST_INT);
-}
+struct HalfTable {
+  alignas(64) uint16_t values[32];
+
+  PEFT_KERNELS_INLINE void make(float absmax) {
+    const Floats products = load<Floats>(kNf4Code) * splat(absmax);
+    Halves halves;
+    if constexpr (std::is_same_v<Type, BFloat16>) halves = __builtin_convertvector(bfloat16_bits(products), Halves);
+    else halves = bits_as<Halves>(_mm512_maskz_cvtps_ph(0xFFFF, products, _MM_FROUND_TO_NEAREST_INT));
+    store(values, halves);
+    store(values + 16, halves);
+  }
+};
 
 template <class Type>
 struct HalfWriter {
-  __m512i table;  // twice the 16 values
+  using Table = HalfTable<Type>;
+  __m512i values;
 
-  PEFT_KERNELS_INLINE explicit HalfWriter(float absmax) : table(_mm512_broadcast_i64x4(nf4_halves<Type>(absmax))) {}
+  PEFT_KERNELS_INLINE explicit HalfWriter(const Table& table) : values(load<__m512i>(table.values)) {}
 
   PEFT_KERNELS_INLINE void put(Bytes16 bytes, uint16_t* target) const {
     const Words pairs = bits_as<Words>(_mm512_cvtepu8_epi32(bits_as<__m128i>(bytes)));
     // An odd element's index keeps one bit of its neighbour: both copies of the values answer it.
-    store(target, _mm512_permutexvar_epi16(bits_as<__m512i>((pairs >> 4) | (pairs << 16)), table));
+    store(target, _mm512_permutexvar_epi16(bits_as<__m512i>((pairs >> 4) | (pairs << 16)), values));
   }
 };
 
@@ -249,13 +295,22 @@ struct HalfWriter {
 
 constexpr int nf4_place(int slot) { return slot; }
 
+// The 16 values as floats.
+template <class Type>
+struct FloatTable {
+  alignas(64) float values[16];
+
+  PEFT_KERNELS_INLINE void make(float absmax) {
+    for (int i = 0; i < 16; i += kFloats) store(values + i, nf4_values<Type>(kNf4Code + i, absmax));
+  }
+};
+
 template <class Type>
 struct Decoder {
-  float table[16];
+  using Table = FloatTable<Type>;
+  const float* table;
 
-  PEFT_KERNELS_INLINE explicit Decoder(float absmax) {
-    for (int i = 0; i < 16; i += kFloats) store(table + i, nf4_values<Type>(kNf4Code + i, absmax));
-  }
+  PEFT_KERNELS_INLINE explicit Decoder(const Table& table) : table(table.values) {}
 
   PEFT_KERNELS_INLINE Group operator()(Bytes16 bytes) const {
     float values[kGroup];
@@ -270,12 +325,20 @@ struct Decoder {
 PEFT_KERNELS_INLINE void store_in_order(const Group& group, float* target) { store(target, group); }
 
 template <class Type>
-struct HalfWriter {
-  uint16_t table[16];
+struct HalfTable {
+  alignas(32) uint16_t values[16];
 
-  PEFT_KERNELS_INLINE explicit HalfWriter(float absmax) {
-    for (int i = 0; i < 16; i += kFloats) Type::store_floats(table + i, nf4_values<Type>(kNf4Code + i, absmax));
+  PEFT_KERNELS_INLINE void make(float absmax) {
+    for (int i = 0; i < 16; i += kFloats) Type::store_floats(values + i, nf4_values<Float32>(kNf4Code + i, absmax));
   }
+};
+
+template <class Type>
+struct HalfWriter {
+  using Table = HalfTable<Type>;
+  const uint16_t* table;
+
+  PEFT_KERNELS_INLINE explicit HalfWriter(const Table& table) : table(table.values) {}
 
   PEFT_KERNELS_INLINE void put(Bytes16 bytes, uint16_t* target) const {
     for (int i = 0; i < 16; ++i) {
@@ -287,18 +350,19 @@ struct HalfWriter {
 
 #endif
 
-// 32 weights in order as floats, rounded to Type.
-template <class Type>
+// 32 floats in order into memory.
 struct FloatWriter {
-  Decoder<Type> decoder;
+  using Table = Decoder<Float32>::Table;
+  Decoder<Float32> decoder;
 
-  PEFT_KERNELS_INLINE explicit FloatWriter(float absmax) : decoder(absmax) {}
+  PEFT_KERNELS_INLINE explicit FloatWriter(const Table& table) : decoder(table) {}
   PEFT_KERNELS_INLINE void put(Bytes16 bytes, float* target) const { store_in_order(decoder(bytes), target); }
 };
 
 // ---- runs of elements ------------------------------------------------------------------------------------------
 
-// The `count` elements from number `first` on as the first of 32; the others' indices are 0. Reads no byte without them.
+// The `count` elements from number `first` on as the first of 32; the others' indices are 0. Bytes without any of them
+// are not read.
 PEFT_KERNELS_INLINE Bytes16 load_indices(const uint8_t* packed, int64_t first, int64_t count) {
   const uint8_t* source = packed + (first >> 1);
   const bool odd = first & 1;
@@ -316,60 +380,79 @@ PEFT_KERNELS_INLINE Group joined(const Group& group, const Group& others, int64_
     int32_t places[kFloats];
     for (int lane = 0; lane < kFloats; ++lane) places[lane] = nf4_place(v * kFloats + lane);
     const Ints ours = load<Ints>(places) < static_cast<int32_t>(count) + Ints{};
-    result.value[v] = bits_as<Floats>((bits_as<Ints>(group.value[v]) & ours) | (bits_as<Ints>(others.value[v]) & ~ours));
+    const Ints a = bits_as<Ints>(group.value[v]), b = bits_as<Ints>(others.value[v]);
+    result.value[v] = bits_as<Floats>((a & ours) | (b & ~ours));
   });
   return result;
 }
 
-// Calls use(i, group) for the `count` elements from number `first` on, 32 at a time; beyond them the last group is zero.
-template <class Type, class Use>
-PEFT_KERNELS_INLINE void for_groups(const Nf4Weight& w, int64_t first, int64_t count, Use use) {
-  int64_t block = first >> w.shift;
-  Decoder<Type> decoder(nf4_absmax(w, block));
-  for (int64_t i = 0; i < count; i += kGroup) {
-    const int64_t begin = first + i, size = std::min<int64_t>(kGroup, count - i);
-    if (begin >> w.shift != block) {
-      block = begin >> w.shift;
-      decoder = Decoder<Type>(nf4_absmax(w, block));
-    }
-    const Bytes16 bytes = load_indices(w.packed, begin, size);
-    Group group = decoder(bytes);
-    const int64_t last = (begin + size - 1) >> w.shift;
-    if (__builtin_expect(last != block, 0)) {
-      decoder = Decoder<Type>(nf4_absmax(w, last));
-      group = joined(group, decoder(bytes), (last << w.shift) - begin);
-      block = last;
-    }
-    if (__builtin_expect(size < kGroup, 0)) group = joined(group, Group{}, size);
-    use(i, group);
+constexpr int64_t kNf4Run = 4096;  // the most elements of a run, so that its tables fit the L1 cache
+
+// The most blocks that `count` elements have a part in.
+constexpr int64_t blocks_of(int64_t count) { return count / kGroup + 2; }
+
+template <class Table>
+PEFT_KERNELS_INLINE void make_tables(const Nf4Weight& w, int64_t first, int64_t count, Table* tables) {
+  const int64_t begin = first >> w.shift, end = ((first + count - 1) >> w.shift) + 1;
+  for (int64_t block = begin; block < end; ++block) tables[block - begin].make(nf4_absmax(w, block));
+}
+
+// Walks a run block by block: whole(block, i, end) for the groups from i on that end at or before `end`, returning
+// where it stopped; edge(block, i, rest, size) for a group of `size` elements of which the first `rest` are the block's
+// and the others the next one's. Blocks count from that of the first element, i and end from `first`.
+template <class Whole, class Edge>
+PEFT_KERNELS_INLINE void walk(int shift, int64_t first, int64_t count, Whole whole, Edge edge) {
+  const int64_t begin = first >> shift;
+  for (int64_t i = 0, block = 0; i < count; ++block) {
+    const int64_t end = std::min(count, ((begin + block + 1) << shift) - first);
+    i = whole(block, i, end);
+    if (i == end) continue;
+    edge(block, i, end - i, std::min<int64_t>(kGroup, count - i));
+    i += kGroup;
   }
 }
 
-// The same elements into memory, in order.
+// Calls use(i, group) for the `count` elements from number `first` on, 32 at a time; what the last group has beyond them
+// is zero. `tables` are those of their blocks.
+template <class Type, class Use>
+PEFT_KERNELS_INLINE void for_groups(const Nf4Weight& w, const typename Decoder<Type>::Table* tables, int64_t first,
+                                    int64_t count, Use use) {
+  const uint8_t* packed = w.packed;
+  walk(
+      w.shift, first, count,
+      [&](int64_t block, int64_t i, int64_t end) {
+        const Decoder<Type> decoder(tables[block]);
+        for (; i + kGroup <= end; i += kGroup) use(i, decoder(load_indices(packed, first + i, kGroup)));
+        return i;
+      },
+      [&](int64_t block, int64_t i, int64_t rest, int64_t size) {
+        const Bytes16 bytes = load_indices(packed, first + i, size);
+        Group group = Decoder<Type>(tables[block])(bytes);
+        if (rest < size) group = joined(group, Decoder<Type>(tables[block + 1])(bytes), rest);
+        use(i, joined(group, Group{}, size));
+      });
+}
+
+// `count` <= kNf4Run elements from number `first` on into memory, in order.
 template <class Writer, class Storage>
 PEFT_KERNELS_INLINE void write_run(const Nf4Weight& w, int64_t first, int64_t count, Storage* target) {
-  int64_t block = first >> w.shift;
-  Writer writer(nf4_absmax(w, block));
-  for (int64_t i = 0; i < count; i += kGroup) {
-    const int64_t begin = first + i, size = std::min<int64_t>(kGroup, count - i);
-    if (begin >> w.shift != block) {
-      block = begin >> w.shift;
-      writer = Writer(nf4_absmax(w, block));
-    }
-    const Bytes16 bytes = load_indices(w.packed, begin, size);
-    const int64_t last = (begin + size - 1) >> w.shift;
-    if (__builtin_expect(last == block && size == kGroup, 1)) {
-      writer.put(bytes, target + i);
-      continue;
-    }
-    Storage some[kGroup];
-    writer.put(bytes, some);
-    const int64_t ours = std::min(size, ((block + 1) << w.shift) - begin);
-    std::memcpy(target + i, some, static_cast<size_t>(ours) * sizeof(Storage));
-    if (last == block) continue;
-    block = last;
-    writer = Writer(nf4_absmax(w, block));
-    writer.put(bytes, some);
-    std::memcpy(target + i + ours, some + ours, static_cast<size_t>(size - ours) * sizeof(Storage));
-  }
+  typename Writer::Table tables[blocks_of(kNf4Run)];
+  make_tables(w, first, count, tables);
+  const uint8_t* packed = w.packed;
+  walk(
+      w.shift, first, count,
+      [&](int64_t block, int64_t i, int64_t end) {
+        const Writer writer(tables[block]);
+        for (; i + kGroup <= end; i += kGroup) writer.put(load_indices(packed, first + i, kGroup), target + i);
+        return i;
+      },
+      [&](int64_t block, int64_t i, int64_t rest, int64_t size) {
+        const Bytes16 bytes = load_indices(packed, first + i, size);
+        Storage some[kGroup];
+        Writer(tables[block]).put(bytes, some);
+        std::memcpy(target + i, some, static_cast<size_t>(std::min(rest, size)) * sizeof(Storage));
+        if (rest >= size) return;
+        Writer(tables[block + 1]).put(bytes, some);
+        std::memcpy(target + i + rest, some + rest, static_cast<size_t>(size - rest) * sizeof(Storage));
+      });
 }

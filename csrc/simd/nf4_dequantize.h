@@ -2,17 +2,10 @@
 
 #include "nf4.h"
 
-// Columns [begin, end) of a row, rounded to `dtype`, into memory of that dtype or, with `as_float`, of floats.
-inline void nf4_write(const Nf4Weight& w, int dtype, bool as_float, int64_t row, int64_t begin, int64_t end,
-                      void* target) {
-  with_type(dtype, [&](auto type) {
-    using Type = decltype(type);
-    const int64_t first = w.number(row, begin);
-    if constexpr (std::is_same_v<Type, Float32>) {
-      write_run<FloatWriter<Type>>(w, first, end - begin, static_cast<float*>(target));
-    } else {
-      if (as_float) write_run<FloatWriter<Type>>(w, first, end - begin, static_cast<float*>(target));
-      else write_run<HalfWriter<Type>>(w, first, end - begin, static_cast<uint16_t*>(target));
-    }
-  });
+// Columns [begin, end) of a row, no more than kNf4Run, in `dtype`.
+inline void nf4_write(const Nf4Weight& w, int dtype, int64_t row, int64_t begin, int64_t end, void* target) {
+  const int64_t first = w.number(row, begin), count = end - begin;
+  if (dtype == kFloat32) write_run<FloatWriter>(w, first, count, static_cast<float*>(target));
+  if (dtype == kBFloat16) write_run<HalfWriter<BFloat16>>(w, first, count, static_cast<uint16_t*>(target));
+  if (dtype == kFloat16) write_run<HalfWriter<Float16>>(w, first, count, static_cast<uint16_t*>(target));
 }

@@ -16,8 +16,8 @@ template <class Type>
 PEFT_KERNELS_INLINE void in_group_order(const void* row, int64_t k, float* target) {
   alignas(64) float group[kGroup];
   for (int64_t i = 0; i < k; i += kGroup) {
-    load_row<Type, kGroup>(static_cast<const typename Type::Storage*>(row) + i, std::min<int64_t>(kGroup, k - i), nullptr,
-                           1.0f, group);
+    const auto* source = static_cast<const typename Type::Storage*>(row) + i;
+    load_row<Type, kGroup>(source, std::min<int64_t>(kGroup, k - i), nullptr, 1.0f, group);
     for (int slot = 0; slot < kGroup; ++slot) target[i + slot] = group[nf4_place(slot)];
   }
 }
@@ -39,7 +39,9 @@ template <class Type, int rows>
 inline void dots(const Nf4Weight& w, int64_t first, int64_t count, const float* x, int64_t stride, float* sums) {
   constexpr int chains = std::min(kGroupVectors, rows <= 2 ? 4 : 2);
   Accumulators<rows, chains> sum;
-  for_groups<Type>(w, first, count, [&](int64_t i, const Group& group) {
+  typename Decoder<Type>::Table tables[blocks_of(kNf4Run)];
+  make_tables(w, first, count, tables);
+  for_groups<Type>(w, tables, first, count, [&](int64_t i, const Group& group) {
     unrolled<rows>([&](auto m) {
       unrolled<kGroupVectors>([&](auto v) {
         sum.sum[m][v % chains] += group.value[v] * load<Floats>(x + m * stride + i + v * kFloats);
@@ -109,43 +111,60 @@ inline void nf4_pack_columns(const Nf4Product& job, int64_t begin, float* packed
   });
 }
 
-// `count` elements from each of `rows` rows as floats [rows, stride] in the order of the groups.
+// The processor does not foresee short pieces of many rows. Beyond the last one there may be nothing: harmless.
+PEFT_KERNELS_INLINE void prefetch_row(const Nf4Weight& w, int64_t row, int64_t column, int64_t count) {
+  const int64_t first = w.number(row, column);
+  for (int64_t i = 0; i < count; i += 128) __builtin_prefetch(w.packed + (first + i) / 2);
+  __builtin_prefetch(static_cast<const char*>(w.absmax) + (first >> w.shift) * (w.nested_absmax ? 1 : 4));
+}
+
+// `count` <= kNf4Columns elements from each of `rows` rows as floats [rows, stride] in the order of the groups.
 template <class Type>
 inline void decode_rows(const Nf4Weight& w, int64_t row, int rows, int64_t column, int64_t count, float* target,
                         int64_t stride) {
-  for (int j = 0; j < rows; ++j) {
-    float* to = target + j * stride;
-    __builtin_prefetch(w.packed + w.number(row + j + kNf4PrefetchRows, column) / 2);
-    for_groups<Type>(w, w.number(row + j, column), count, [&](int64_t i, const Group& group) {
-      unrolled<kGroupVectors>([&](auto v) { store(to + i + v * kFloats, group.value[v]); });
-    });
+  constexpr int once = 8;
+  typename Decoder<Type>::Table tables[once][blocks_of(kNf4Columns)];
+  for (int begin = 0; begin < rows; begin += once) {
+    const int end = std::min(rows, begin + once);
+    for (int j = begin; j < end; ++j) {
+      prefetch_row(w, row + j + kNf4PrefetchRows, column, count);
+      make_tables(w, w.number(row + j, column), count, tables[j - begin]);
+    }
+    for (int j = begin; j < end; ++j)
+      for_groups<Type>(w, tables[j - begin], w.number(row + j, column), count, [&](int64_t i, const Group& group) {
+        unrolled<kGroupVectors>([&](auto v) { store(target + j * stride + i + v * kFloats, group.value[v]); });
+      });
   }
 }
 
 template <int rows, int vectors>
-inline void forward_tiles(int count, int64_t terms, const float* weights, const float* panel, float* sums,
+inline void forward_tiles(int count, int64_t terms, int64_t step, const float* weights, const float* panel, float* sums,
                           int64_t stride) {
-  for (int j = 0; j < count; j += rows) {
-    Accumulators<rows, vectors> tile;
-    tile.multiply_add(terms, weights + j * kNf4Terms, kNf4Terms, 1, panel, vectors * kFloats);
-    tile.template put<true>(sums + j * stride, stride);
-  }
+  for (int64_t first = 0; first < terms; first += step)
+    for (int j = 0; j < count; j += rows) {
+      Accumulators<rows, vectors> tile;
+      tile.multiply_add(std::min(step, terms - first), weights + j * kNf4Stride + first, kNf4Stride, 1,
+                        panel + first * vectors * kFloats, vectors * kFloats);
+      tile.template put<true>(sums + j * stride, stride);
+    }
 }
 
-// Outputs [begin, begin + count) of job.m rows. `packed` as of nf4_pack_columns; scratch of nf4_forward_scratch floats.
+// Outputs [begin, begin + count) of job.m rows. `packed` as of nf4_pack_columns; scratch has kNf4Stride floats and one
+// for each column of the panels, for each of kNf4RowsMax rows.
 inline void nf4_forward(const Nf4Product& job, int64_t begin, int count, const float* packed, float* scratch) {
   const int64_t width = nf4_panel(job.m), stride = round_up(job.m, width), k = round_up(job.w.k, kGroup);
-  float *weights = scratch, *sums = scratch + kNf4RowsMax * kNf4Terms;
-  std::fill_n(scratch, kNf4RowsMax * (kNf4Terms + stride), 0.0f);
+  const int64_t step = chain(job.w.k);
+  float *weights = scratch, *sums = scratch + kNf4RowsMax * kNf4Stride;
+  std::fill_n(scratch, kNf4RowsMax * (kNf4Stride + stride), 0.0f);
   with_type(job.x.dtype, [&](auto type) {
     for (int64_t first = 0; first < job.w.k; first += kNf4Terms) {
       const int64_t terms = std::min<int64_t>(kNf4Terms, job.w.k - first);
-      decode_rows<decltype(type)>(job.w, begin, count, first, terms, weights, kNf4Terms);
+      decode_rows<decltype(type)>(job.w, begin, count, first, terms, weights, kNf4Stride);
       for (int64_t m = 0; m < stride; m += width) {
         const float* panel = packed + m * k + first * width;
         const int64_t whole = round_up(terms, kGroup);
-        if (width == kFloats) forward_tiles<kTallRows, 1>(count, whole, weights, panel, sums + m, stride);
-        else forward_tiles<kBlockRows, 2>(count, whole, weights, panel, sums + m, stride);
+        if (width == kFloats) forward_tiles<kTallRows, 1>(count, whole, step, weights, panel, sums + m, stride);
+        else forward_tiles<kBlockRows, 2>(count, whole, step, weights, panel, sums + m, stride);
       }
     }
   });
@@ -154,32 +173,42 @@ inline void nf4_forward(const Nf4Product& job, int64_t begin, int count, const f
 
 // ---- the gradient of x -----------------------------------------------------------------------------------------
 
-inline void nf4_load_row(const Matrix& matrix, int64_t row, int64_t columns, float* target) {
-  with_type(matrix.dtype,
-            [&](auto type) { load_row<decltype(type), 1>(at(matrix, row, 0), columns, nullptr, 1.0f, target); });
+// Columns [begin, begin + kNf4RowsOnce) of dY as floats [m, kNf4RowsOnce].
+inline void nf4_pack_terms(const Nf4Product& job, int64_t begin, float* target) {
+  const int64_t columns = std::min<int64_t>(kNf4RowsOnce, job.w.n - begin);
+  with_type(job.x.dtype, [&](auto type) {
+    for (int64_t m = 0; m < job.m; ++m) {
+      float* to = target + m * kNf4RowsOnce;
+      load_row<decltype(type), kFloats>(at(job.x, job.row + m, begin), columns, nullptr, 1.0f, to);
+    }
+  });
 }
 
+// Register tiles of any shape fill a strip, which stays in the L1 cache for all rows of dY.
+constexpr int kStrip = 96;
+static_assert(kNf4Columns % kStrip == 0 && kStrip % (6 * kFloats) == 0, "whole register tiles");
+
 template <int rows, int vectors>
-inline void backward_tiles(int64_t terms, const float* grad, int64_t stride, const float* weights, float* sums) {
-  for (int c = 0; c < kNf4Columns; c += vectors * kFloats) {
+inline void backward_tiles(int64_t terms, const float* grad, const float* weights, float* sums) {
+  for (int c = 0; c < kStrip; c += vectors * kFloats) {
     Accumulators<rows, vectors> tile;
-    tile.multiply_add(terms, grad, stride, 1, weights + c, kNf4Columns);
+    tile.multiply_add(terms, grad, kNf4RowsOnce, 1, weights + c, kNf4Columns);
     tile.template put<true>(sums + c, kNf4Columns);
   }
 }
 
 // Rows in register tiles of almost the same height.
-inline void backward_rows(int64_t m, int64_t terms, const float* grad, int64_t stride, const float* weights, float* sums) {
+inline void backward_strip(int64_t m, int64_t terms, const float* grad, const float* weights, float* sums) {
   for (int64_t tiles = (m + kBlockRows - 1) / kBlockRows, i = 0, rows; tiles > 0; --tiles, i += rows) {
     rows = (m - i + tiles - 1) / tiles;
-    const float* left = grad + i * stride;
+    const float* left = grad + i * kNf4RowsOnce;
     float* to = sums + i * kNf4Columns;
-    if (rows == 1) backward_tiles<1, 8>(terms, left, stride, weights, to);
-    if (rows == 2) backward_tiles<2, 4>(terms, left, stride, weights, to);
-    if (rows == 3) backward_tiles<3, 4>(terms, left, stride, weights, to);
-    if (rows == 4) backward_tiles<4, 2>(terms, left, stride, weights, to);
-    if (rows == 5) backward_tiles<5, 2>(terms, left, stride, weights, to);
-    if (rows == 6) backward_tiles<6, 2>(terms, left, stride, weights, to);
+    if (rows == 1) backward_tiles<1, 6>(terms, left, weights, to);
+    if (rows == 2) backward_tiles<2, 6>(terms, left, weights, to);
+    if (rows == 3) backward_tiles<3, 3>(terms, left, weights, to);
+    if (rows == 4) backward_tiles<4, 3>(terms, left, weights, to);
+    if (rows == 5) backward_tiles<5, 2>(terms, left, weights, to);
+    if (rows == 6) backward_tiles<6, 2>(terms, left, weights, to);
   }
 }
 
@@ -192,16 +221,18 @@ inline void store_groups(const float* source, int64_t columns, void* row) {
   }
 }
 
-// Columns [begin, begin + columns) of dx for job.m rows. `grad` [m, N] as floats; scratch of nf4_backward_scratch floats.
-inline void nf4_backward(const Nf4Product& job, int64_t begin, int64_t columns, const float* grad, int64_t stride,
-                         float* scratch) {
+// Columns [begin, begin + columns) of dx for job.m rows. `grad` is dY as of nf4_pack_terms, piece after piece; scratch
+// has kNf4Columns floats for each of kNf4RowsOnce + job.m rows.
+inline void nf4_backward(const Nf4Product& job, int64_t begin, int64_t columns, const float* grad, float* scratch) {
   float *weights = scratch, *sums = scratch + kNf4RowsOnce * kNf4Columns;
+  const int64_t whole = round_up(columns, kGroup);  // a group's weights lie in any of its slots
   std::fill_n(scratch, (kNf4RowsOnce + job.m) * kNf4Columns, 0.0f);
   with_type(job.x.dtype, [&](auto type) {
     for (int64_t row = 0; row < job.w.n; row += kNf4RowsOnce) {
       const int rows = static_cast<int>(std::min<int64_t>(kNf4RowsOnce, job.w.n - row));
       decode_rows<decltype(type)>(job.w, row, rows, begin, columns, weights, kNf4Columns);
-      backward_rows(job.m, rows, grad + row, stride, weights, sums);
+      for (int64_t c = 0; c < whole; c += kStrip)
+        backward_strip(job.m, rows, grad + row * job.m, weights + c, sums + c);
     }
     for (int64_t m = 0; m < job.m; ++m)
       store_groups<decltype(type)>(sums + m * kNf4Columns, columns, const_cast<char*>(at(job.y, job.row + m, begin)));

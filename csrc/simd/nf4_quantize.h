@@ -3,10 +3,13 @@
 #include "../nf4.h"
 #include "tile.h"
 
-// The index of the nearest of the 16 numbers, the lower one on a midpoint: how many midpoints are less.
+constexpr float kNf4Least = 1e-38f;  // what an absmax counts as at least
+
+// The index of the nearest of the 16 numbers, the lower one on a midpoint: 15 less the midpoints that are not below.
+// For NaN that is 15, as in the specification.
 PEFT_KERNELS_INLINE Ints nearest(Floats value) {
-  Ints index{};
-  unrolled<15>([&](auto i) { index -= value > splat(nf4_midpoint(i)); });
+  Ints index = 15 + Ints{};
+  unrolled<15>([&](auto i) { index += splat(nf4_midpoint(i)) >= value; });
   return index;
 }
 
@@ -22,38 +25,45 @@ PEFT_KERNELS_INLINE float largest_magnitude(const float* values, int64_t count) 
   return float_from_bits(all);
 }
 
-// `count` values, followed by zeros up to whole vectors, as indices, two a byte; `packed` has room for whole vectors.
-// bitsandbytes multiplies by the reciprocal in whole blocks and divides in a short one; so that its bytes come out, so
-// does this.
-PEFT_KERNELS_INLINE void quantize_block(const float* values, int64_t count, bool whole, float scale, uint8_t* packed) {
+// `count` values, followed by anything up to whole vectors, as indices, two a byte; `packed` has room for whole ones.
+template <class Norm>
+PEFT_KERNELS_INLINE void quantize_block(const float* values, int64_t count, uint8_t* packed, Norm norm) {
   typedef uint8_t Pairs __attribute__((vector_size(kCounters)));
-  const Floats divisor = splat(scale), factor = splat(1.0f / scale);
   for (int64_t i = 0; i < count; i += kFloats) {
-    const Floats value = load<Floats>(values + i);
     // The first index of a pair is in the low half of 64 bits, and goes to the high half of the byte.
-    const Longs pairs = bits_as<Longs>(nearest(whole ? value * factor : value / divisor));
+    const Longs pairs = bits_as<Longs>(nearest(norm(load<Floats>(values + i))));
     store(packed + i / 2, __builtin_convertvector((pairs << 4) | (pairs >> 32), Pairs));
   }
+}
+
+// A short last block. The half of a byte beyond an odd number of elements gets the index of 0.
+PEFT_KERNELS_INLINE float quantize_short(const float* values, int64_t count, uint8_t* packed) {
+  const float scale = std::max(largest_magnitude(values, count), kNf4Least);
+  uint8_t bytes[kNf4MaxBlock / 2];
+  quantize_block(values, count, bytes, [scale](Floats value) { return value / splat(scale); });
+  if (count % 2) bytes[count / 2] = static_cast<uint8_t>((bytes[count / 2] & 0xF0) | 7);
+  std::memcpy(packed, bytes, static_cast<size_t>((count + 1) / 2));
+  return scale;
 }
 
 // Elements [begin, end) of a flattened weight, from the beginning of a block on.
 inline void nf4_quantize_run(int dtype, const void* source, int64_t begin, int64_t end, int64_t blocksize,
                              uint8_t* packed, float* absmax) {
   alignas(64) float values[kNf4MaxBlock];
-  alignas(64) uint8_t bytes[kNf4MaxBlock / 2];
   with_type(dtype, [&](auto type) {
     using Type = decltype(type);
     const auto* elements = static_cast<const typename Type::Storage*>(source);
     for (int64_t first = begin; first < end; first += blocksize) {
       const int64_t count = std::min(blocksize, end - first);
       load_row<Type, kFloats>(elements + first, count, nullptr, 1.0f, values);
-      const float scale = largest_magnitude(values, count);
-      const float divisor = scale < kNf4LeastScale ? kNf4LeastScale : scale;  // NaN stays
-      const bool whole = count == blocksize;
-      absmax[first / blocksize] = whole ? scale : divisor;
-      const bool in_place = count % kFloats == 0;
-      quantize_block(values, count, whole, divisor, in_place ? packed + first / 2 : bytes);
-      if (!in_place) std::memcpy(packed + first / 2, bytes, static_cast<size_t>((count + 1) / 2));
+      float& scale = absmax[first / blocksize];
+      if (count < blocksize) {
+        scale = quantize_short(values, count, packed + first / 2);
+      } else {
+        scale = largest_magnitude(values, count);
+        const Floats factor = splat(1.0f / std::max(scale, kNf4Least));
+        quantize_block(values, count, packed + first / 2, [factor](Floats value) { return value * factor; });
+      }
     }
   });
 }

@@ -21,7 +21,9 @@ def unsupported(problem) -> str | None:
 def contiguous(q: NF4Weight) -> NF4Weight:
     """`q` over contiguous tensors: itself but for weights that were put together from slices. Whoever passes addresses
     of it holds it by name until the call is over: a copy that only its address refers to could be freed before."""
-    return q if all(tensor.is_contiguous() for tensor in q.tensors) else q.with_tensors([t.contiguous() for t in q.tensors])
+    if all(tensor.is_contiguous() for tensor in q.tensors):
+        return q
+    return q.with_tensors([tensor.contiguous() for tensor in q.tensors])
 
 
 def arguments(q: NF4Weight) -> tuple[int, ...]:
@@ -32,6 +34,7 @@ def arguments(q: NF4Weight) -> tuple[int, ...]:
 def forward(q: NF4Weight) -> Tensor:
     n, k, *_ = q.layout
     weight, q = torch.empty(n, k, dtype=q.dtype), contiguous(q)
-    dtype = _native.DTYPES[q.dtype]
-    _native.load("_cpu").nf4_dequantize(*arguments(q), dtype, dtype, weight.data_ptr(), torch.get_num_threads())
+    _native.load("_cpu").nf4_dequantize(
+        *arguments(q), _native.DTYPES[q.dtype], weight.data_ptr(), torch.get_num_threads()
+    )
     return weight
