@@ -41,6 +41,10 @@ def code(device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(CODE, dtype=torch.float32, device=device)
 
 
+class _Description(NamedTuple):
+    bitsandbytes__nf4: None = None
+
+
 class NF4Weight(NamedTuple):
     """A weight of 4 bits an element, or some rows of one. Immutable; its tensors are never copied needlessly.
 
@@ -78,6 +82,23 @@ class NF4Weight(NamedTuple):
     def is_nested(self) -> bool:
         """Whether the absmax values are quantised too (double quantisation)."""
         return self.nested_absmax is not None
+
+    # Distributed checkpoints (torch.distributed.checkpoint.state_dict) follow each key of a state dict by attributes, such
+    # as layer.weight.quant_state.bitsandbytes__nf4: the names in these keys that are no fields.
+    @property
+    def quant_map(self) -> Tensor:
+        """`CODE`, as checkpoints of bitsandbytes hold it."""
+        return code(self.device)
+
+    @property
+    def nested_quant_map(self) -> Tensor | None:
+        """`nested_map`, by its name in checkpoints of bitsandbytes."""
+        return self.nested_map
+
+    @property
+    def quant_state(self) -> _Description:
+        """Has an attribute for the last key of a checkpoint, no more."""
+        return _Description()
 
     @property
     def tensors(self) -> list[Tensor]:

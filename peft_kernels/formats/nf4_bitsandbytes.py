@@ -60,7 +60,7 @@ def _with_state(params: Any) -> tuple[Any, Any]:
     if isinstance(params, torch.nn.Module):
         # FSDP puts plain parameters in the place of a layer's; the layer itself keeps the state.
         kept, params = getattr(params, "quant_state", None), getattr(params, "weight", None)
-    if kept is None and not hasattr(params, "quant_state"):
+    if isinstance(params, NF4Weight) or (kept is None and not hasattr(params, "quant_state")):
         raise TypeError(f"{_NAME}: params is {type(params).__name__}; expected a bitsandbytes.nn.Params4bit")
     state = getattr(params, "quant_state", None)
     return params, kept if state is None else state

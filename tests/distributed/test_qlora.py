@@ -83,7 +83,7 @@ def fsdp2(rank):
 
 
 @pytest.mark.parametrize("engine", [ddp, fsdp2])
-def test_gradients_and_two_steps(workers, engine):
+def test_f63_gradients_and_two_steps(workers, engine):
     truth = alone()
     for result in workers.run(engine):
         assert_same(result, truth)

@@ -1,4 +1,4 @@
-"""Faults of others in 4-bit weights: F06, F12 to F14, F32, F41, F53 and F54 (README.md says where the rest is)."""
+"""Faults of others in 4-bit weights: F06, F12 to F14, F32, F41 and F53 to F55 (README.md says where the rest is)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from peft_kernels import functional, use_backend
+from peft_kernels import NF4Linear, functional, use_backend
 from peft_kernels.formats.nf4 import BLOCKSIZES
 from peft_kernels.problems import Draw, nf4_decoded, nf4_weight
 from tests.backends import across, everywhere, on_cpu
@@ -138,3 +139,15 @@ def test_f54_to_moves_the_whole_state(nested):
     last = "nested_offset" if nested else "absmax"
     with pytest.raises(ValueError, match=rf"q\.{last} is on cpu, but q\.packed is on meta"):
         functional.nf4_linear(torch.empty(3, 67, device="meta"), moved._replace(**{last: getattr(q, last)}))
+
+
+def test_f55_distributed_checkpoints_follow_every_key():
+    """Each key of a state dict is looked up by attributes, and loads again."""
+    model = torch.nn.Sequential(NF4Linear(64, 48), NF4Linear(48, 5, double_quant=False))
+    other = torch.nn.Sequential(NF4Linear(64, 48), NF4Linear(48, 5, double_quant=False))
+    state = get_model_state_dict(model)
+    assert state.keys() == model.state_dict().keys()
+    result = set_model_state_dict(other, state)
+    assert not result.missing_keys and not result.unexpected_keys
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), model(x))
