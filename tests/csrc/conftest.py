@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -41,8 +43,17 @@ def width(request: pytest.FixtureRequest, cpu: ModuleType) -> Iterator[str]:
     cpu.set_vector_width(info["vector_width"])
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all of its processes see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(params=[*WIDTHS, "model of avx512"])
-def nf4_width(request: pytest.FixtureRequest, cpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def nf4_width(
+    request: pytest.FixtureRequest, cpu: ModuleType, monkeypatch: pytest.MonkeyPatch, shared_folder: Path
+) -> Iterator[str]:
     """Runs the test by the NF4 code of one vector width, on a processor without AVX-512 by a model of it too."""
     info = cpu.build_info()
     if request.param == "model of avx512":
@@ -50,7 +61,7 @@ def nf4_width(request: pytest.FixtureRequest, cpu: ModuleType, monkeypatch: pyte
             pytest.skip("this processor runs avx512 code itself")
         if "avx2" not in info["vector_widths"]:
             pytest.skip("the model of avx512 is compiled for processors with avx2")
-        model = avx512_model.module()
+        model = avx512_model.module(shared_folder)
         monkeypatch.setattr(_native, "load", lambda part: model if part == "_cpu" else _loaded(part))
         yield request.param
         return
