@@ -146,9 +146,8 @@ def _plain(layers: dict[str, Any]) -> Iterator[None]:
     bases = [layer.base_layer for layer in layers.values() if type(layer.base_layer) in QUANTISED]
     repacking = [(base, base.support_avx512bf16_for_cpu) for base in bases]
     for base in bases:
-        base.support_avx512bf16_for_cpu = (
-            False  # evaluated on such a CPU, bitsandbytes would repack the weight for good
-        )
+        # Evaluated on such a CPU, bitsandbytes would repack the weight for good.
+        base.support_avx512bf16_for_cpu = False
     for layer in layers.values():
         layer.__class__ = PLAIN[type(layer)]
     try:

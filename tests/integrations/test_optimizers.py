@@ -116,6 +116,21 @@ def test_on_a_cpu_paged_states_are_plain_ones_and_bitsandbytes_says_so(name):
             assert torch.equal(parameter, trained(other)[key])
 
 
+@pytest.mark.filterwarnings(NOT_PAGED)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learning_rate_and_weight_decay_arrive(name):
+    """Without a gradient AdamW shrinks by lr · decay; the first step with one is lr long."""
+    parameter = nn.Parameter(torch.ones(4, 4))
+    optimizer = make_optimizer(name, [parameter], lr=0.1, weight_decay=0.5)
+    parameter.grad = torch.zeros(4, 4)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((4, 4), 0.95))
+    optimizer = make_optimizer(name, [parameter], lr=0.1, weight_decay=0.0)
+    parameter.grad = torch.ones(4, 4)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((4, 4), 0.85))
+
+
 def test_frozen_weights_are_no_business_of_the_optimizer():
     model = peft_over_four_bits()
     base = model.base_model.model.first.base_layer.weight
