@@ -83,8 +83,8 @@ class NF4Weight(NamedTuple):
         """Whether the absmax values are quantised too (double quantisation)."""
         return self.nested_absmax is not None
 
-    # Distributed checkpoints (torch.distributed.checkpoint.state_dict) follow each key of a state dict by attributes, such
-    # as layer.weight.quant_state.bitsandbytes__nf4: the names in these keys that are no fields.
+    # Distributed checkpoints (torch.distributed.checkpoint.state_dict) follow each key of a state dict by attributes,
+    # such as layer.weight.quant_state.bitsandbytes__nf4: the names in these keys that are no fields.
     @property
     def quant_map(self) -> Tensor:
         """`CODE`, as checkpoints of bitsandbytes hold it."""
