@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import os
 import warnings
@@ -125,6 +126,10 @@ def add_peft_beside(model: nn.Module, settings: dict, qlora: dict | None = None)
         return peft.get_peft_model(model, config)
 
 
+def _unchanged(layer: nn.Module, mode: bool = True) -> nn.Module:
+    return layer
+
+
 def _quantize_with_bitsandbytes(model: nn.Module, targets: list[str], double_quant: bool) -> None:
     import bitsandbytes
 
@@ -140,7 +145,7 @@ def _quantize_with_bitsandbytes(model: nn.Module, targets: list[str], double_qua
         layer.weight = layer.weight.to(linear.weight.device)
         # In evaluation mode on some CPUs bitsandbytes 0.50 repacks the weight for inference, after which training gives
         # no gradients: its layers stay in training mode, which changes nothing else.
-        layer.train = lambda mode=True, layer=layer: layer  # type: ignore[method-assign, assignment]
+        layer.train = functools.partial(_unchanged, layer)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
 
