@@ -1,5 +1,5 @@
-// What the CUDA extension offers: launches over raw device pointers on a given stream, no torch. Sizes and strides count
-// elements, `dtype` is a DType of numeric.h. Each returns the cudaError_t of its launch as an int, 0 for success.
+// What the CUDA extension offers: launches over raw device pointers on a given stream, no torch. Sizes and strides
+// count elements, `dtype` is a DType of numeric.h. Each returns the cudaError_t of its launch as an int, 0 for success.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +23,9 @@ int launch_philox_dropout(Launch launch, const void* x, int64_t x_stride, void* 
 int launch_splitk_reduce(Launch launch, const float* partials, int64_t parts, int64_t numel, float scale, void* out,
                          int dtype);
 
-// y [m, n] = x W^T + bias + scaling S B^T for m <= 16 rows in bfloat16 or float16 and W in 4 bits, decoded to their type.
-// Rows of x begin at multiples of 16 bytes. bias may be null; r = 0: no S and B. With r > 0 the launch before this one on
-// the stream wrote S, and let this one start beside it.
+// y [m, n] = x W^T + bias + scaling S B^T for m <= 16 rows in bfloat16 or float16 and W in 4 bits, decoded to their
+// type. Rows of x begin at multiples of 16 bytes. bias may be null; r = 0: no S and B. With r > 0 the launch before
+// this one on the stream wrote S, and let this one start beside it.
 struct Nf4Linear {
   int m;
   const void* x;

@@ -1,8 +1,8 @@
 // S = x A^T for at most 16 rows of x: what a low-rank update takes before a launch that adds it in its last stage.
 //
-// Floor: x and A read once, 256 KB at 16 rows, K = 4096 and r = 16, less than a launch. A block makes a column of S. On GPUs
-// with programmatic dependent launch the next kernel starts beside this one, so that it costs little more than its launch.
-// Never run on a GPU.
+// Floor: x and A read once, 256 KB at 16 rows, K = 4096 and r = 16, less than a launch. A block makes a column of S. On
+// GPUs with programmatic dependent launch the next kernel starts beside this one, so that it costs little more than its
+// launch. Never run on a GPU.
 #include "cuda_element.cuh"
 #include "cuda_kernels.h"
 

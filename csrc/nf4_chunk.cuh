@@ -1,5 +1,5 @@
-// What a lane of a kernel over NF4 loads ahead, and how it becomes 16-bit weights: 32 weights of a row and 32 of the row
-// 8 further down, with what their absmax values are rebuilt from.
+// What a lane of a kernel over NF4 loads ahead, and how it becomes 16-bit weights: 32 weights of a row and 32 of the
+// row 8 further down, with what their absmax values are rebuilt from.
 #pragma once
 
 #include <cstring>
@@ -10,7 +10,8 @@
 namespace peft_kernels {
 
 constexpr int kMapBytes = 256 * 4;  // the map of double quantisation, in shared memory behind the pair table
-// What a kernel is compiled for: aligned rows (rows_are_aligned) with plain absmax or double quantisation, and any rows.
+// What a kernel is compiled for: aligned rows (rows_are_aligned) with plain absmax or double quantisation, and any
+// rows.
 enum Rows { kPlainRows, kNestedRows, kAnyRows };
 
 constexpr uint32_t kZeroWord = 0x77777777u;

@@ -4,9 +4,9 @@
 // A weight is round(code * absmax), one float32 product and one rounding, in every form below.
 //
 // A 32-bit word holds 8 weights e0..e7 of a row, byte j the pair (e2j, e2j+1), the earlier in the high half. Two forms:
-//   pair table   256 entries (code of the high half, code of the low half) of 8 bytes, one copy for each lane, so that no
-//                two lanes meet in a bank: 64 KiB of shared memory. An entry stands 256 bytes after the one before, so
-//                that one byte permutation makes the address: 2.5 instructions a weight, bound by shared memory.
+//   pair table   256 entries (code of the high half, code of the low half) of 8 bytes, one copy for each lane, so that
+//                no two lanes meet in a bank: 64 KiB of shared memory. An entry stands 256 bytes after the one before,
+//                so that one byte permutation makes the address: 2.5 instructions a weight, bound by shared memory.
 //   byte planes  the 16 products of a block, their low and high bytes in four registers each, looked up by byte
 //                permutations: no memory, bound by the integer units; 32 instructions for the table of a block.
 #pragma once
@@ -193,8 +193,8 @@ PEFT_KERNELS_HOST_DEVICE uint32_t keep_first(uint32_t word, int keep) {
   return (word & kept) | (0x77777777u & ~kept);
 }
 
-// A lane's 32 weights from five words, `skip` (0..7) elements into the first, with code 0 from element `count` on. An odd
-// number of elements is cut from words whose elements rise from the lowest bits.
+// A lane's 32 weights from five words, `skip` (0..7) elements into the first, with code 0 from element `count` on. An
+// odd number of elements is cut from words whose elements rise from the lowest bits.
 PEFT_KERNELS_HOST_DEVICE void cut_words(const uint32_t (&words)[5], int skip, int count, uint32_t (&cut)[4]) {
   uint32_t source[5];
   PEFT_KERNELS_UNROLL
@@ -221,8 +221,8 @@ PEFT_KERNELS_HOST_DEVICE void decode_across(const char* table, uint32_t word, ui
   }
 }
 
-// mma.m16n8k16 takes 16 rows of the weight as its first operand. Within a lane's word the columns are permuted, alike for
-// weight and x, so that the lane multiplies what it loaded:
+// mma.m16n8k16 takes 16 rows of the weight as its first operand. Within a lane's word the columns are permuted, alike
+// for weight and x, so that the lane multiplies what it loaded:
 //   first product   a0 = row (e0, e1), a1 = row + 8 (e0, e1), a2 = row (e2, e3), a3 = row + 8 (e2, e3)
 //   second product  the same with e4..e7;  b0, b1 = x of token lane / 4 at the same columns
 PEFT_KERNELS_HOST_DEVICE void first_operand(const uint32_t (&upper)[4], const uint32_t (&lower)[4], int product,

@@ -1,9 +1,9 @@
-// y = x W^T + b (+ scaling S B^T) with W in 4 bits, for at most 16 rows of x: the packed weight is read once, 16 bytes a
-// lane, decoded in registers and multiplied by the tensor cores as their first operand (16 rows of W by 8 rows of x).
+// y = x W^T + b (+ scaling S B^T) with W in 4 bits, for at most 16 rows of x: the packed weight is read once, 16 bytes
+// a lane, decoded in registers and multiplied by the tensor cores as their first operand (16 rows of W by 8 rows of x).
 //
-// Floor: the packed weight read once: 14336 x 4096 with double quantisation is 30 MB, 7.1 us at 4.3 TB/s; 4096 x 4096 is
-// 2.0 us. Decoding takes about 3 instructions and 0.8 to 1 shared-memory accesses of 4 bytes a weight, which is 6 to 7.8
-// us for 14336 x 4096 on 132 multiprocessors at 1.83 GHz. Never run on a GPU.
+// Floor: the packed weight read once: 14336 x 4096 with double quantisation is 30 MB, 7.1 us at 4.3 TB/s; 4096 x 4096
+// is 2.0 us. The main loop takes 3.8 instructions and about one access of 4 bytes to shared memory or L1 a weight: 7.5
+// and 8.0 us for 14336 x 4096 on 132 multiprocessors at 1.83 GHz. Never run on a GPU.
 //
 // How the work is divided: nf4_plan.h. Which lane has what: nf4_decode.cuh. A block walks tiles of rows; the loads of a
 // unit's next step or tile are issued as soon as its words are taken, the first before the pair table is filled.
@@ -35,7 +35,7 @@ constexpr int kElementType = kBFloat16;
 template <>
 constexpr int kElementType<__half> = kFloat16;
 
-static_assert(shared_bytes(16, {kMaxUnits, 1, 1, 0, 0, 0, 0}) <= 99 << 10, "what a block may have on every GPU from sm_80 on");
+static_assert(shared_bytes(16, {kMaxUnits, 1, 1, 0, 0, 0, 0}) <= 99 << 10, "more than some GPUs from sm_80 on have");
 
 struct Nf4LinearArguments {
   Nf4Weight q;
@@ -52,14 +52,18 @@ struct Nf4LinearArguments {
 
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          __nv_bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                          __half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // The 32 numbers of a row of x at a lane's columns. Rows begin at multiples of 16 bytes; past K they count as 0.
@@ -153,7 +157,8 @@ __device__ __forceinline__ void add_blocks(const Nf4LinearArguments& a, int tile
   const cg::cluster_group cluster = cg::this_cluster();
   cluster.sync();
   const int rows = a.plan.units * kUnitRows, splits = a.plan.splits;
-  for (int i = static_cast<int>(cluster.block_rank() * kThreads + threadIdx.x); i < rows * a.m; i += splits * kThreads) {
+  const int first = static_cast<int>(cluster.block_rank() * kThreads + threadIdx.x);
+  for (int i = first; i < rows * a.m; i += splits * kThreads) {
     float sum = 0.0f;
     for (int split = 0; split < splits; ++split) sum += cluster.map_shared_rank(block_sums, split)[i];
     finish<T>(a, tile * rows + i % rows, i / rows, sum);

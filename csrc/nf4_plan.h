@@ -2,8 +2,8 @@
 // alone, so that a row has the same bits whatever else is in its batch.
 //
 // A block of 8 warps takes a tile of `units` times 16 rows of W and one of `splits` ranges of K, cut into steps of 128
-// columns. Its warps form `groups` that share the units out; the 8 / groups warps of a group take the steps in turn. Sums
-// go over the warps of a group in their order, then over the splits, which are the blocks of a cluster, in theirs.
+// columns. Its warps form `groups` that share the units out; the 8 / groups warps of a group take the steps in turn.
+// Sums go over the warps of a group in their order, then over the splits, which are the blocks of a cluster, in theirs.
 #pragma once
 
 #include <cstdint>
@@ -99,8 +99,8 @@ struct Share {  // of a warp: group and slot in it, steps from first to last
   }
 };
 
-// Whether the lower rows of a group's unit `u` are decoded by byte planes, the rest by the pair table: then shared memory,
-// the integer units and the issue of instructions are about equally busy.
+// Whether the lower rows of a group's unit `u` are decoded by byte planes, the rest by the pair table: then shared
+// memory, the integer units and the issue of instructions are about equally busy.
 PEFT_KERNELS_HOST_DEVICE bool by_planes(int u) { return u % 2 == 1; }
 
 // The first of the 16 rows, counted in the tile, of unit `u` of a group: units go round the groups.
@@ -117,8 +117,8 @@ PEFT_KERNELS_HOST_DEVICE int buffer_offset(int warp, int u, int token, int row, 
   return (warp * kTokensAtOnce + u * tokens + token) * kTokenStride + row;
 }
 
-// Sum number `i` of those that a round over the units from `unit` on makes: its token and row in the tile, and where the
-// share of the first warp of its group stands in the buffer; that of the group's next warp is `groups` warps on.
+// Sum number `i` of those that a round over the units from `unit` on makes: its token and row in the tile, and where
+// the share of the first warp of its group stands in the buffer; that of the group's next warp is `groups` warps on.
 struct Sum {
   int token, row, source;
 };

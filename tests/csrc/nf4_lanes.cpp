@@ -1,5 +1,5 @@
-// The lanes of csrc/nf4_linear.cu on the host, one after another, by the functions that the device runs: what they load,
-// decode and accumulate. mma.m16n8k16 is written out as the PTX manual lays its operands out over a warp.
+// The lanes of csrc/nf4_linear.cu on the host, one after another, by the functions that the device runs: what they
+// load, decode and accumulate. mma.m16n8k16 is written out as the PTX manual lays its operands out over a warp.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -33,7 +33,8 @@ struct Warp {
 };
 
 // sum[lane][i] += A B with A from `operand`, B from two words of x a lane.
-void multiply(int dtype, const uint32_t (&operand)[kLanes][4], const uint32_t (&x)[kLanes][2], double (&sums)[kLanes][4]) {
+void multiply(int dtype, const uint32_t (&operand)[kLanes][4], const uint32_t (&x)[kLanes][2],
+              double (&sums)[kLanes][4]) {
   double a[16][16], b[16][8];
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
