@@ -145,7 +145,7 @@ def _quantize_with_bitsandbytes(model: nn.Module, targets: list[str], double_qua
         layer.weight = layer.weight.to(linear.weight.device)
         # In evaluation mode on some CPUs bitsandbytes 0.50 repacks the weight for inference, after which training gives
         # no gradients: its layers stay in training mode, which changes nothing else.
-        layer.train = functools.partial(_unchanged, layer)
+        layer.__dict__["train"] = functools.partial(_unchanged, layer)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
 
