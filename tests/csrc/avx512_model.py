@@ -48,8 +48,10 @@ def _build(compiler: str, include: str, target: Path) -> None:
     shutil.copytree(CSRC, copy)
     shutil.copy(HEADER, copy / "simd" / "each.h")
     (copy / "module.cpp").write_text(MODULE)
-    flags = ["-mavx2", "-mfma", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fopenmp"]
-    flags += ["-Wno-psabi", "-Wno-ignored-attributes", f"-I{include}", f"-I{sysconfig.get_paths()['include']}"]
+    # Such as -O2 contracts products and sums by: fused multiply-adds where they are not wanted must show.
+    flags = ["-fexpensive-optimizations", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=fast", "-std=c++17", "-fopenmp"]
+    flags += ["-fPIC", "-fvisibility=hidden", "-Wno-psabi", "-Wno-ignored-attributes"]
+    flags += [f"-I{include}", f"-I{sysconfig.get_paths()['include']}"]
     objects = []
     for source in ("nf4_dequantize.cpp", "nf4_quantize.cpp", "nf4_linear.cpp", "module.cpp"):
         level = "-O0" if source == "module.cpp" else "-O1"

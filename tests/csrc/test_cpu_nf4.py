@@ -93,14 +93,15 @@ def test_nothing_is_read_or_written_beyond_the_weight(nf4_width):
         assert (memory[32 + k :] == 7).all()
 
 
-def awkward(numel: int, dtype: torch.dtype) -> Tensor:
-    """Random values, a run of zeros, and the midpoints with their neighbours times a power of two."""
-    values = torch.randn(numel) * 0.1
+def awkward(numel: int, dtype: torch.dtype, scale: float = 0.25) -> Tensor:
+    """Random values, a run of zeros, and as many as there is room for of the midpoints and their neighbours, times
+    `scale`, which is the absmax of their block."""
+    values = torch.randn(numel) * 0.05
     values[numel // 3 : numel // 2] = 0.0
     table = torch.tensor(CODE)
     midpoints = (table[1:] + table[:-1]) / 2
     near = [torch.nextafter(midpoints, torch.tensor(side)) for side in (-2.0, 2.0)]
-    exact = torch.cat([midpoints, *near, torch.tensor([1.0, -1.0])]) * 0.25
+    exact = torch.cat([torch.tensor([1.0, -1.0]), midpoints, *near]) * scale
     values[: len(exact)] = exact[:numel]
     return values.to(dtype)
 
@@ -108,8 +109,8 @@ def awkward(numel: int, dtype: torch.dtype) -> Tensor:
 @DTYPES
 @pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
 def test_quantised_bytes(nf4_width, blocksize, dtype):
-    for numel in (1, 2, 31, 33, 64, 65, 96, 1000, 4097, 12289):
-        weight = awkward(numel, dtype)
+    for numel in (1, 2, 30, 31, 33, 48, 62, 64, 65, 96, 1000, 4097, 12289):
+        weight = awkward(numel, dtype, 0.25 if numel % 2 else 0.3)
         expectation = quantised.forward(weight, blocksize)
         for got, expected in zip(nf4_quantize.forward(weight, blocksize), expectation, strict=True):
             assert torch.equal(bits(got), bits(expected)), numel

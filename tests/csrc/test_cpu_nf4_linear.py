@@ -97,6 +97,17 @@ def test_a_block_without_absmax_spoils_its_own_outputs(nf4_width, m):
     assert grad_x.isnan().any(0).nonzero().flatten().tolist() == list(range(32, 96))
 
 
+@pytest.mark.parametrize("m", [1, 3, 5, 20])
+def test_infinite_weights_give_infinite_outputs(nf4_width, m):
+    """What lies beyond K in the last vector is no weight: 0 times an infinite one would be NaN."""
+    packed, absmax = torch.full((5 * 33 + 1,), 0xFF, dtype=torch.uint8), torch.full((6,), float("inf"))
+    q = NF4Weight(packed, absmax, None, None, None, torch.Size((10, 33)), BF16, 64)
+    y = nf4_linear.forward(torch.ones(m, 33, dtype=BF16), q, None)
+    grad_x = nf4_linear.backward(torch.ones(m, 10, dtype=BF16), q)
+    assert (y == float("inf")).all()
+    assert (grad_x == float("inf")).all()
+
+
 @DTYPES
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
 def test_strides(cpu, layout, dtype):
