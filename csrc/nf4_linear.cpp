@@ -32,7 +32,9 @@ constexpr int kNf4PrefetchRows = 12;
 constexpr int64_t kNf4BlockRows = 240;  // of x at a time, so that scratch stays small
 
 // Terms between which partial sums leave the registers, so that x stays in the L1 cache.
-int64_t nf4_few_rows_step(int64_t m) { return m == 1 ? 4096 : m == 2 ? 2048 : 1024; }
+int64_t nf4_few_rows_step(int64_t m) { return m == 1 ? 4096 : 1024; }
+// An odd number of cache lines, lest the rows of x share sets of it.
+int64_t nf4_few_rows_stride(int64_t k) { return (k + 31) / 32 * 32 + 16; }
 
 }  // namespace
 }  // namespace peft_kernels
@@ -56,7 +58,7 @@ int useful_threads(const Nf4Product& job, int threads) {
 }
 
 void forward_few_rows(const Nf4Product& job, int threads) {
-  const int64_t stride = whole(job.w.k, 32), rows_once = 32;
+  const int64_t stride = nf4_few_rows_stride(job.w.k), rows_once = 32;
   const auto x = allocate<float>(job.m * stride);
   for (int64_t m = 0; m < job.m; ++m)
     PEFT_KERNELS_DISPATCH(nf4_pack_row, job.x, job.row + m, job.w.k, x.get() + m * stride);

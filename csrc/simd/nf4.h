@@ -74,6 +74,20 @@ struct Group {
   Floats value[kGroupVectors];
 };
 
+#if PEFT_KERNELS_VECTOR_BYTES != 32
+
+// The 16 values as floats.
+template <class Type>
+struct FloatTable {
+  alignas(64) float values[16];
+
+  PEFT_KERNELS_INLINE void make(float absmax) {
+    for (int i = 0; i < 16; i += kFloats) store(values + i, nf4_values<Type>(kNf4Code + i, absmax));
+  }
+};
+
+#endif
+
 #if PEFT_KERNELS_VECTOR_BYTES == 32
 
 constexpr int nf4_place(int slot) {
@@ -230,16 +244,6 @@ struct HalfWriter {
 
 constexpr int nf4_place(int slot) { return slot % 16 * 2 + slot / 16; }
 
-// The 16 values as floats.
-template <class Type>
-struct FloatTable {
-  alignas(64) float values[16];
-
-  PEFT_KERNELS_INLINE void make(float absmax) {
-    for (int i = 0; i < 16; i += kFloats) store(values + i, nf4_values<Type>(kNf4Code + i, absmax));
-  }
-};
-
 template <class Type>
 struct Decoder {
   using Table = FloatTable<Type>;
@@ -294,16 +298,6 @@ struct HalfWriter {
 #else
 
 constexpr int nf4_place(int slot) { return slot; }
-
-// The 16 values as floats.
-template <class Type>
-struct FloatTable {
-  alignas(64) float values[16];
-
-  PEFT_KERNELS_INLINE void make(float absmax) {
-    for (int i = 0; i < 16; i += kFloats) store(values + i, nf4_values<Type>(kNf4Code + i, absmax));
-  }
-};
 
 template <class Type>
 struct Decoder {
@@ -361,16 +355,31 @@ struct FloatWriter {
 
 // ---- runs of elements ------------------------------------------------------------------------------------------
 
-// The `count` elements from number `first` on as the first of 32; the others' indices are 0. Bytes without any of them
-// are not read.
-PEFT_KERNELS_INLINE Bytes16 load_indices(const uint8_t* packed, int64_t first, int64_t count) {
+// The 32 elements from number `first` on, which is odd or even: as bytes of their own, the earlier one in the high half.
+template <bool odd>
+PEFT_KERNELS_INLINE Bytes16 load_group(const uint8_t* packed, int64_t first) {
   const uint8_t* source = packed + (first >> 1);
+  if constexpr (!odd) return load<Bytes16>(source);
+  return (load<Bytes16>(source) << 4) | (load<Bytes16>(source + 1) >> 4);
+}
+
+// The `count` <= 32 elements from number `first` on; the others' indices are 0. Bytes without any of them are not read.
+PEFT_KERNELS_INLINE Bytes16 load_some(const uint8_t* packed, int64_t first, int64_t count) {
   const bool odd = first & 1;
-  if (count == kGroup && !odd) return load<Bytes16>(source);
-  if (count == kGroup) return (load<Bytes16>(source) << 4) | (load<Bytes16>(source + 1) >> 4);
+  if (count == kGroup) return odd ? load_group<true>(packed, first) : load_group<false>(packed, first);
   uint8_t some[kGroup] = {};
-  std::memcpy(some, source, static_cast<size_t>((count + odd + 1) >> 1));
-  return odd ? (load<Bytes16>(some) << 4) | (load<Bytes16>(some + 1) >> 4) : load<Bytes16>(some);
+  std::memcpy(some, packed + (first >> 1), static_cast<size_t>((count + odd + 1) >> 1));
+  return odd ? load_group<true>(some, 1) : load_group<false>(some, 0);
+}
+
+// Calls use(i, bytes) for whole groups of a run from number `first` on, from i on to where none fits before `end`.
+template <class Use>
+PEFT_KERNELS_INLINE int64_t for_whole_groups(const uint8_t* packed, int64_t first, int64_t i, int64_t end, Use use) {
+  if (first & 1)
+    for (; i + kGroup <= end; i += kGroup) use(i, load_group<true>(packed, first + i));
+  else
+    for (; i + kGroup <= end; i += kGroup) use(i, load_group<false>(packed, first + i));
+  return i;
 }
 
 // Of `group` the elements before `count`, of `others` those from there on.
@@ -422,11 +431,10 @@ PEFT_KERNELS_INLINE void for_groups(const Nf4Weight& w, const typename Decoder<T
       w.shift, first, count,
       [&](int64_t block, int64_t i, int64_t end) {
         const Decoder<Type> decoder(tables[block]);
-        for (; i + kGroup <= end; i += kGroup) use(i, decoder(load_indices(packed, first + i, kGroup)));
-        return i;
+        return for_whole_groups(packed, first, i, end, [&](int64_t at, Bytes16 bytes) { use(at, decoder(bytes)); });
       },
       [&](int64_t block, int64_t i, int64_t rest, int64_t size) {
-        const Bytes16 bytes = load_indices(packed, first + i, size);
+        const Bytes16 bytes = load_some(packed, first + i, size);
         Group group = Decoder<Type>(tables[block])(bytes);
         if (rest < size) group = joined(group, Decoder<Type>(tables[block + 1])(bytes), rest);
         use(i, joined(group, Group{}, size));
@@ -443,11 +451,11 @@ PEFT_KERNELS_INLINE void write_run(const Nf4Weight& w, int64_t first, int64_t co
       w.shift, first, count,
       [&](int64_t block, int64_t i, int64_t end) {
         const Writer writer(tables[block]);
-        for (; i + kGroup <= end; i += kGroup) writer.put(load_indices(packed, first + i, kGroup), target + i);
-        return i;
+        return for_whole_groups(packed, first, i, end,
+                                [&](int64_t at, Bytes16 bytes) { writer.put(bytes, target + at); });
       },
       [&](int64_t block, int64_t i, int64_t rest, int64_t size) {
-        const Bytes16 bytes = load_indices(packed, first + i, size);
+        const Bytes16 bytes = load_some(packed, first + i, size);
         Storage some[kGroup];
         Writer(tables[block]).put(bytes, some);
         std::memcpy(target + i, some, static_cast<size_t>(std::min(rest, size)) * sizeof(Storage));

@@ -9,6 +9,13 @@
 #include "nf4.h"
 #include "tile.h"
 
+// The processor does not foresee short pieces of many rows. Beyond the last one there may be nothing: harmless.
+PEFT_KERNELS_INLINE void prefetch_row(const Nf4Weight& w, int64_t row, int64_t column, int64_t count) {
+  const int64_t first = w.number(row, column);
+  for (int64_t i = 0; i < count; i += 128) __builtin_prefetch(w.packed + (first + i) / 2);
+  __builtin_prefetch(static_cast<const char*>(w.absmax) + (first >> w.shift) * (w.nested_absmax ? 1 : 4));
+}
+
 // ---- few rows --------------------------------------------------------------------------------------------------
 
 // A row of x as floats in the order of the groups, zero up to a whole one.
@@ -37,7 +44,7 @@ PEFT_KERNELS_INLINE float total(Floats value) {
 // sums[m] += x[m, :] · W for `count` elements from number `first` on. Several chains hide the latency of the additions.
 template <class Type, int rows>
 inline void dots(const Nf4Weight& w, int64_t first, int64_t count, const float* x, int64_t stride, float* sums) {
-  constexpr int chains = std::min(kGroupVectors, rows <= 2 ? 4 : 2);
+  constexpr int chains = std::min(kGroupVectors, rows == 1 ? 4 : 2);
   Accumulators<rows, chains> sum;
   typename Decoder<Type>::Table tables[blocks_of(kNf4Run)];
   make_tables(w, first, count, tables);
@@ -72,16 +79,17 @@ inline void put_outputs(const float* sums, int64_t stride, int64_t m, const Matr
   });
 }
 
-// Outputs [begin, begin + count) of up to kNf4FewRows rows. x [m, padded K] is in the order of the groups.
+// Outputs [begin, begin + count) of up to kNf4FewRows rows. x [m, nf4_few_rows_stride] is in the order of the groups.
 inline void nf4_few_rows(const Nf4Product& job, int64_t begin, int count, const float* x) {
   float sums[kNf4RowsMax * kNf4FewRows] = {};
-  const int64_t stride = round_up(job.w.k, kGroup), step = nf4_few_rows_step(job.m);
+  const int64_t stride = nf4_few_rows_stride(job.w.k), step = nf4_few_rows_step(job.m);
   with_type(job.x.dtype, [&](auto type) {
     using Type = decltype(type);
     for (int64_t k = 0; k < job.w.k; k += step)
       for (int j = 0; j < count; ++j) {
         const int64_t first = job.w.number(begin + j, k), length = std::min(step, job.w.k - k);
         float* to = sums + j * kNf4FewRows;
+        prefetch_row(job.w, begin + j + 2, k, length);
         if (job.m == 1) dots<Type, 1>(job.w, first, length, x + k, stride, to);
         if (job.m == 2) dots<Type, 2>(job.w, first, length, x + k, stride, to);
         if (job.m == 3) dots<Type, 3>(job.w, first, length, x + k, stride, to);
@@ -109,13 +117,6 @@ inline void nf4_pack_columns(const Nf4Product& job, int64_t begin, float* packed
       for (int slot = 0; slot < kGroup; ++slot) to[slot * width] = group[nf4_place(slot)];
     }
   });
-}
-
-// The processor does not foresee short pieces of many rows. Beyond the last one there may be nothing: harmless.
-PEFT_KERNELS_INLINE void prefetch_row(const Nf4Weight& w, int64_t row, int64_t column, int64_t count) {
-  const int64_t first = w.number(row, column);
-  for (int64_t i = 0; i < count; i += 128) __builtin_prefetch(w.packed + (first + i) / 2);
-  __builtin_prefetch(static_cast<const char*>(w.absmax) + (first >> w.shift) * (w.nested_absmax ? 1 : 4));
 }
 
 // `count` <= kNf4Columns elements from each of `rows` rows as floats [rows, stride] in the order of the groups.
