@@ -4,9 +4,9 @@ CPU time in ms of one thread of an AVX2 server (PyTorch 2.13 with MKL, the machi
 beside PyTorch's matmul on a dense float32 weight:
 
     M                            1     4    16    17    64   128   240   480   1024
-    forward                    2.5   5.6  10.3    18    33    63   117   298    500
+    forward                    2.0   3.5   9.4    18    31    60   117   298    500
     forward, float32 F.linear                     39    61    85   141   226    492
-    dx                         5.0   6.5  13.1    16    46    69   114   241    560
+    dx                         3.9   5.8  10.5    16    34    62   114   241    560
     dx, float32 torch.mm                          26    64    82   125   230    475
 
 In 16 bits it takes as long, while PyTorch on a processor without 16-bit matrix instructions takes many times as long as
