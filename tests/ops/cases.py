@@ -15,6 +15,7 @@ from tests.problems import (
     GroupProblem,
     LoraProblem,
     MlpProblem,
+    MultiLoraProblem,
     Nf4LoraProblem,
     Nf4Problem,
     Problem,
@@ -26,10 +27,17 @@ DTYPES = ((F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F16, F32))
 
 NEW = (
     "lora_linear_group", "dora_linear", "gated_activation", "lora_swiglu_mlp", "lora_embedding", "lora_expert_linear",
-    "nf4_linear", "nf4_lora_linear",
+    "multi_lora_linear", "nf4_linear", "nf4_lora_linear",
 )  # fmt: skip
 # Ops of an x with dropout.
-LINEAR = ("lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_expert_linear", "nf4_lora_linear")
+LINEAR = (
+    "lora_linear_group",
+    "dora_linear",
+    "lora_swiglu_mlp",
+    "lora_expert_linear",
+    "multi_lora_linear",
+    "nf4_lora_linear",
+)
 RANKLESS = ("gated_activation", "nf4_linear")
 
 
@@ -55,6 +63,11 @@ def _experts(m, k, n, r, **options) -> Problem:
     return ExpertProblem((m // 3, 0, m - m // 3 - 1), k, n, r, orphans=1, **options)
 
 
+def _multi(m, k, n, r, **options) -> Problem:
+    """Adapters of several ranks, one without a part in the layer, one without rows, some rows without an adapter."""
+    return MultiLoraProblem(m, k, n, (r, max(1, r // 2), None, r // 3 + 1, r), **options)
+
+
 BUILDERS: dict[str, Callable[..., Problem]] = {
     "lora_linear": lambda m, k, n, r, **options: LoraProblem(m, k, n, r, lora_bias=True, **options),
     "lora_linear_group": _group,
@@ -63,13 +76,15 @@ BUILDERS: dict[str, Callable[..., Problem]] = {
     "lora_swiglu_mlp": _mlp,
     "lora_embedding": lambda m, k, n, r, **options: EmbeddingProblem(m, k, n, r, **options),
     "lora_expert_linear": _experts,
+    "multi_lora_linear": _multi,
     "nf4_linear": lambda m, k, n, r, **options: Nf4Problem(m, k, n, **options),
     "nf4_lora_linear": lambda m, k, n, r, **options: Nf4LoraProblem(m, k, n, r, **options),
 }
 FIELDS = {
     "lora_linear": LoraProblem, "lora_linear_group": GroupProblem, "dora_linear": DoraProblem,
     "gated_activation": GatedProblem, "lora_swiglu_mlp": MlpProblem, "lora_embedding": EmbeddingProblem,
-    "lora_expert_linear": ExpertProblem, "nf4_linear": Nf4Problem, "nf4_lora_linear": Nf4LoraProblem,
+    "lora_expert_linear": ExpertProblem, "multi_lora_linear": MultiLoraProblem,
+    "nf4_linear": Nf4Problem, "nf4_lora_linear": Nf4LoraProblem,
 }  # fmt: skip
 
 
