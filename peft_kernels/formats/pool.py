@@ -17,7 +17,7 @@ class AdapterPool:
 
 
 class PoolLayer(NamedTuple):
-    """One layer of a pool: what `multi_lora_linear` takes in the place of factors. `position`: its place in the table."""
+    """One layer of a pool, in the place of factors for `multi_lora_linear`. `position`: its place in the table."""
 
     pool: AdapterPool
     name: str
