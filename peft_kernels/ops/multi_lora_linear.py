@@ -108,7 +108,9 @@ def problem(
 ) -> Problem:
     from peft_kernels.functional.multi_lora_linear import flatten_adapters
 
-    adapters = flatten_adapters("multi_lora_linear", (weight,), (lora_As,), (lora_Bs,), scalings)
+    layer_Bs = None if lora_Bs is None else (lora_Bs,)
+    scalings = (scalings,) if isinstance(scalings, Sequence) else scalings
+    adapters = flatten_adapters("multi_lora_linear", (weight,), (lora_As,), layer_Bs, scalings)
     dropout = training and any(p > 0 for p in ([dropout_p] if isinstance(dropout_p, (int, float)) else dropout_p))
     per_row = 1 if adapter_weights is None else adapter_weights.shape[-1]
     wanted = [t for t in (x, adapter_weights, *adapters.lora_As, *adapters.lora_Bs) if t is not None]
