@@ -177,7 +177,7 @@ def flatten_adapters(op: str, weights, lora_As, lora_Bs, scalings) -> Adapters:
         return _pool_adapters(op, weights, lora_As, lora_Bs, scalings)
     if lora_Bs is None:
         raise TypeError(f"{op}: lora_Bs is None; expected the B of each A (None goes with an AdapterPool)")
-    count = max((len(layer) for layer in lora_As if layer is not None), default=0)
+    count = max([0, *(len(layer) for layer in lora_As if layer is not None)])  # dynamo knows no `default`
     flat = AdapterLists([], [], [], [], [], [1] * len(weights), count)
     for j, (layer_As, layer_Bs) in enumerate(zip(lora_As, lora_Bs, strict=True)):
         if layer_As is None and layer_Bs is None:

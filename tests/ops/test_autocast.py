@@ -52,7 +52,8 @@ def test_backward_inside_the_region_keeps_float32_sums(backend):
 @pytest.mark.parametrize("op", LINEAR)
 def test_grad_scaler_over_a_half_precision_base(op):
     """float32 adapters over a float16 base unscale without complaint, and an overflow skips the step."""
-    problem = problem_of(op, dtype=F16, adapter_dtype=F32)
+    ids = [row % 5 for row in range(34)]  # of many adapters: each has rows
+    problem = problem_of(op, dtype=F16, adapter_dtype=F32, ids=ids)
     problem.freeze_all_but("lora_A", "lora_B", "lora_As", "lora_Bs", "magnitude")
     wanted = [tensor for tensor in problem.tensors.values() if tensor.requires_grad]
     optimizer, scaler = torch.optim.SGD(wanted, lr=0.5), torch.amp.GradScaler("cpu", init_scale=64.0)

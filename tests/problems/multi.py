@@ -55,8 +55,9 @@ class MultiLoraProblem(Problem):
             "x": draw(*batch, self.k, dtype=self.dtype),
             "weight": draw(self.n, self.k, scale=max(1, self.k) ** -0.5, dtype=self.dtype),
             "bias": draw(self.n, dtype=self.dtype) if self.bias else None,
-            "adapter_weights": draw(*self.ids.shape) if self.mixed else None,
         }
+        if self.mixed:
+            self.tensors["adapter_weights"] = draw(*self.ids.shape)
         for a, r in enumerate(self.ranks):
             if r is not None:
                 self.tensors[f"lora_As.{a}"] = draw(r, self.k, scale=max(1, self.k) ** -0.5, dtype=adapter_dtype)
@@ -76,7 +77,7 @@ class MultiLoraProblem(Problem):
     def arguments(self, t):
         dropout = any(self.probability(a) for a in range(len(self.ranks)))
         options = {
-            "bias": t["bias"], "scalings": self.scalings, "adapter_weights": t["adapter_weights"],
+            "bias": t["bias"], "scalings": self.scalings, "adapter_weights": t.get("adapter_weights"),
             "dropout_p": self.dropout_p, "seed": self.seed if dropout else None,
         }  # fmt: skip
         return (t["x"], t["weight"], self.factors(t, "lora_As"), self.factors(t, "lora_Bs"), self.ids), options
@@ -85,7 +86,7 @@ class MultiLoraProblem(Problem):
         """PEFT's loop: base, then for each adapter its rows by index."""
         flat = t["x"].reshape(-1, self.k)
         y = F.linear(flat, t["weight"], t["bias"])
-        mix = None if t["adapter_weights"] is None else t["adapter_weights"].reshape(self.choices.shape)
+        mix = t["adapter_weights"].reshape(self.choices.shape) if self.mixed else None
         for a, r in enumerate(self.ranks):
             if r is None:
                 continue

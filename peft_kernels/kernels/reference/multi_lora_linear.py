@@ -35,23 +35,23 @@ def _chosen(adapters, output: int, ids: Tensor) -> Iterator[tuple[int, Factors, 
             yield adapter, factors, [own.unsqueeze(1) for own in (ids == adapter).unbind(1)]
 
 
-def _weights(mix: Tensor | None, like: Tensor, per_row: int) -> list[Tensor]:
+def _weights(mix: Tensor | None, ids: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """[M, 1] for each choice."""
     if mix is None:
-        return [like.new_ones(like.shape[0], 1)] * per_row
-    return [column.unsqueeze(1).to(like.dtype) for column in mix.unbind(1)]
+        return [torch.ones_like(column.unsqueeze(1), dtype=dtype) for column in ids.unbind(1)]
+    return [column.unsqueeze(1).to(dtype) for column in mix.unbind(1)]
 
 
 def forward(x, weights, biases, adapters, ids, mix, dropout_ps, seeds, keep_s):
-    ys, ss, per_row = [], [], ids.shape[1]
+    ys, ss = [], []
     for j, weight in enumerate(weights):
         y = x @ nf4_dequantize.dense(weight).t()
         y = y if biases[j] is None else y + biases[j]
-        s = x.new_zeros(x.shape[0], per_row, adapters.widths[j])
+        s = x.new_zeros(*ids.shape, adapters.widths[j])
         for adapter, (a, b, scaling, _), owns in _chosen(adapters, j, ids):
             s_a = _drop(x, dropout_ps, seeds, j, adapter) @ a.to(x.dtype).t()
             update = scaling * (s_a @ b.to(x.dtype).t())
-            for i, (own, w) in enumerate(zip(owns, _weights(mix, x, per_row), strict=True)):
+            for i, (own, w) in enumerate(zip(owns, _weights(mix, ids, x.dtype), strict=True)):
                 y = torch.where(own, y + w * update, y)
                 s[:, i, : a.shape[0]] = torch.where(own, s_a, s[:, i, : a.shape[0]])
         ys.append(y)
@@ -61,7 +61,7 @@ def forward(x, weights, biases, adapters, ids, mix, dropout_ps, seeds, keep_s):
 
 def backward(grad_ys, x, ss, weights, adapters, ids, mix, dropout_ps, seeds, needs):
     """Gradients (dx, dmix, [dW_j], [db_j], [dA], [dB]); None where `needs` says that nobody asked."""
-    given, per_row = next(grad for grad in grad_ys if grad is not None), ids.shape[1]
+    given = next(grad for grad in grad_ys if grad is not None)
     wide = torch.promote_types(torch.float32, given.dtype)
     grad_x = given.new_zeros(given.shape[0], weights[0].shape[1]) if needs.x else None
     grad_mix = given.new_zeros(ids.shape, dtype=wide) if needs.adapter_weights else None
@@ -73,11 +73,11 @@ def backward(grad_ys, x, ss, weights, adapters, ids, mix, dropout_ps, seeds, nee
         if needs.x:
             grad_x = grad_x + grad_y @ nf4_dequantize.dense(weight)
         for adapter, (a, b, scaling, place), owns in _chosen(adapters, j, ids):
-            r, mixes = a.shape[0], _weights(mix, given, per_row)
+            r, mixes = a.shape[0], _weights(mix, ids, wide)
             anywhere = torch.cat(owns, 1).any(1, keepdim=True)
             g = grad_y @ b.to(grad_y.dtype)  # dS, not yet times scaling and mix
             factor = scaling * sum(torch.where(own, w, 0.0) for own, w in zip(owns, mixes, strict=True))
-            grad_s = torch.where(anywhere, factor * g, 0.0)
+            grad_s = torch.where(anywhere, factor * g.to(wide), 0.0).to(g.dtype)
             if needs.x:
                 update = _drop(grad_s @ a.to(g.dtype), dropout_ps, seeds, j, adapter)
                 grad_x = torch.where(anywhere, grad_x + update, grad_x)
