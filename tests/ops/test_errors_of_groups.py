@@ -52,6 +52,18 @@ GOOD = {
         "offsets": torch.tensor([2, 6], dtype=torch.int32), "bias": ones(2, 12), "scaling": 2.0, "dropout_p": 0.5,
         "seed": 3,
     },
+    "multi_lora_linear": lambda: {
+        "x": ones(2, 3, 16), "weight": ones(12, 16), "lora_As": [ones(4, 16), None, ones(2, 16)],
+        "lora_Bs": [ones(12, 4), None, ones(12, 2)], "adapter_ids": torch.tensor([[0, 2], [-1, 1]]),
+        "scalings": [2.0, None, 0.5], "bias": ones(12), "adapter_weights": ones(2, 2), "dropout_p": [0.5, 0.0, 0.25],
+        "seed": 3,
+    },
+    "multi_lora_linear_group": lambda: {
+        "x": ones(2, 3, 16), "weights": [ones(12, 16), ones(8, 16)],
+        "lora_As": [[ones(4, 16), ones(2, 16)], [None, ones(3, 16)]],
+        "lora_Bs": [[ones(12, 4), ones(12, 2)], [None, ones(8, 3)]], "adapter_ids": torch.tensor([0, 1]),
+        "scalings": [2.0, [None, 0.5]], "biases": [ones(12), None], "dropout_p": 0.5, "seed": 3,
+    },
 }  # fmt: skip
 
 NUMBERS = [
@@ -174,6 +186,69 @@ CASES = {
         ({"offsets": ones(2, dtype=torch.int32, device="meta")}, ValueError, "offsets is on meta"),
         *NUMBERS, *DROPOUT,
     ],
+    "multi_lora_linear": [
+        ({"x": ones(())}, ValueError, "x has no dimensions; expected (..., in_features)"),
+        ({"x": [1.0]}, TypeError, "x is list; expected a torch.Tensor"),
+        ({"weight": ones(12, 15)}, ValueError, "weight has shape (12, 15), but x has 16 features"),
+        ({"weight": ones(12, 16).half()}, TypeError, "weight has dtype torch.float16, but x has"),
+        ({"weight": ones(12, 16, device="meta")}, ValueError, "weight is on meta"),
+        ({"bias": ones(11)}, ValueError, "bias has shape (11,), but weight has 12 output features"),
+        ({"lora_As": [ones(4, 16)]}, ValueError, "lora_As has 1 adapters and lora_Bs 3; expected 1 of each, None for"),
+        ({"lora_As": [ones(4, 16), None, None]}, ValueError, "adapter 2 has a B but no A; expected both or neither"),
+        ({"lora_Bs": [ones(12, 4), None, None]}, ValueError, "adapter 2 has a A but no B; expected both or neither"),
+        ({"lora_As": [ones(4, 16), None, ones(2, 15)]}, ValueError, "lora_As[2] has shape (2, 15), but x has 16 feat"),
+        ({"lora_As": [ones(4, 16), None, ones(2)]}, ValueError, "lora_As[2] has shape (2,), but x has 16 features"),
+        ({"lora_As": [ones(4, 16), None, [2]]}, TypeError, "lora_As[2] is list; expected a torch.Tensor"),
+        ({"lora_As": [ones(4, 16), None, ones(2, 16).half()]}, TypeError,
+         "lora_As[2] has dtype torch.float16, but the first adapter has torch.float32"),
+        ({"lora_As": [ones(4, 16), None, ones(2, 16, dtype=I64)]}, TypeError, "lora_As[2] has dtype torch.int64"),
+        ({"lora_As": [ones(4, 16), None, ones(0, 16)]}, ValueError, "r is 0; expected 1 <= r <= 512"),
+        ({"lora_As": [ones(513, 16), None, ones(2, 16)]}, ValueError, "r is 513; expected 1 <= r <= 512"),
+        ({"lora_As": [ones(4, 16), None, ones(2, 16, device="meta")]}, ValueError, "lora_As[2] is on meta"),
+        ({"lora_Bs": [ones(12, 4), None, ones(2, 12)]}, ValueError,
+         "lora_Bs[2] has shape (2, 12), but weight has 12 output features and lora_As[2] rank 2; expected (12, 2)"),
+        ({"lora_Bs": [ones(12, 4), None, ones(12, 2).half()]}, TypeError, "lora_Bs[2] has dtype torch.float16, but l"),
+        ({"lora_Bs": [ones(12, 4), None, "B"]}, TypeError, "lora_Bs[2] is str; expected a torch.Tensor"),
+        ({"lora_Bs": None}, ValueError, "lora_As has 3 adapters and lora_Bs 0; expected 3 of each"),
+        ({"scalings": None}, TypeError, "scalings is None; expected a number for all adapters or one for each"),
+        ({"scalings": [1.0, 2.0]}, ValueError, "scalings has 2 entries; expected one for each of the 3 adapters"),
+        ({"scalings": [1.0, None, NAN]}, ValueError, "scalings is nan; expected a finite number"),
+        ({"scalings": {}}, TypeError, "scalings is dict; expected a number"),
+        ({"adapter_ids": [0, 1]}, TypeError, "adapter_ids is list; expected a torch.Tensor"),
+        ({"adapter_ids": ones(2, 2)}, TypeError, "adapter_ids has dtype torch.float32; expected torch.int32 or torch."),
+        ({"adapter_ids": ones(2, 2, dtype=I64, device="meta")}, ValueError, "adapter_ids is on meta"),
+        ({"adapter_ids": torch.tensor([[0, 3], [0, 0]])}, ValueError, "adapter_ids holds 3; expected ids in [-1, 3), "),
+        ({"adapter_ids": torch.tensor([[0, -2], [0, 0]])}, ValueError, "adapter_ids holds -2; expected ids in [-1, 3)"),
+        ({"adapter_ids": torch.zeros(3, 2, dtype=I64), "adapter_weights": ones(3, 2)}, ValueError,
+         "adapter_ids has shape (3, 2), but x has shape (2, 3, 16); expected (2, 3, k), one per row, or (2, k), one "),
+        ({"adapter_ids": torch.zeros(6, dtype=I64), "adapter_weights": None}, ValueError,
+         "adapter_ids has shape (6,), but x has shape (2, 3, 16); expected (2, 3), one per row, or (2), one per"),
+        ({"adapter_weights": ones(2, 1)}, ValueError,
+         "adapter_weights has shape (2, 1); expected that of adapter_ids, (2, 2)"),
+        ({"adapter_weights": ones(2, 2, dtype=I64)}, TypeError, "adapter_weights has dtype torch.int64; expected flo"),
+        ({"adapter_weights": ones(2, 2, device="meta")}, ValueError, "adapter_weights is on meta"),
+        ({"adapter_weights": [1.0]}, TypeError, "adapter_weights is list; expected a torch.Tensor"),
+        ({"dropout_p": [0.5]}, ValueError, "dropout_p has 1 entries; expected one for each of the 3 adapters"),
+        ({"dropout_p": [0.5, 0.0, -0.5]}, ValueError, "dropout_p is -0.5; expected a probability in [0, 1]"),
+        ({"seed": torch.tensor([3, 4])}, ValueError, "seed has shape (2,); expected (1,)"),
+        *DROPOUT,
+    ],
+    "multi_lora_linear_group": [
+        ({"weights": []}, ValueError, "weights is empty; expected at least one"),
+        ({"weights": [ones(12, 16), ones(8, 15)]}, ValueError, "weights[1] has shape (8, 15), but x has 16 features"),
+        ({"lora_As": [[ones(4, 16), ones(2, 16)]]}, ValueError,
+         "lora_As has 1 and lora_Bs 2 entries; expected one for each of the 2 weights"),
+        ({"lora_As": [[ones(4, 16), ones(2, 16)], None]}, ValueError, "lora_As[1] has 0 adapters and lora_Bs 2"),
+        ({"lora_As": [[ones(4, 16), ones(2, 16)], [None, ones(3, 15)]]}, ValueError, "lora_As[1][1] has shape (3, 15)"),
+        ({"lora_Bs": [[ones(12, 4), ones(12, 2)], [None, ones(12, 3)]]}, ValueError, "lora_Bs[1][1] has shape (12, 3)"),
+        ({"scalings": [1.0]}, ValueError, "scalings has 1 entries; expected one for each of the 2 weights"),
+        ({"scalings": [1.0, [1.0]]}, ValueError, "scalings[1] has 1 entries; expected one for each of the 2 adapters"),
+        ({"biases": [ones(12)]}, ValueError, "biases has 1 entries; expected one for each of the 2 weights"),
+        ({"biases": [ones(11), None]}, ValueError, "biases[0] has shape (11,), but weights[0] has 12 output features"),
+        ({"adapter_ids": torch.tensor([0, 2])}, ValueError, "adapter_ids holds 2; expected ids in [-1, 2), -1 for no"),
+        ({"seed": torch.tensor([3])}, ValueError, "seed has shape (1,); expected (2,)"),
+        ({"seed": 0.5}, TypeError, "seed is 0.5; expected an integer"),
+    ],
 }  # fmt: skip
 ROWS = [pytest.param(op, *case, id=f"{op}-{case[2][:40]}") for op, cases in CASES.items() for case in cases]
 
@@ -188,7 +263,9 @@ def test_refused(op, changes, error, message):
     refused(op, getattr(functional, op), {**GOOD[op](), **changes}, error, message)
 
 
-@pytest.mark.parametrize("op", ["lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_expert_linear"])
+@pytest.mark.parametrize(
+    "op", ["lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_expert_linear", "multi_lora_linear"]
+)
 def test_refused_under_autocast_too(op):
     with torch.autocast("cpu", torch.bfloat16):
         changes, error, message = next(case for case in CASES[op] if isinstance(case[0].get("x", 0), torch.Tensor))
