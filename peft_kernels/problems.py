@@ -310,6 +310,36 @@ def lora_expert_linear(shape: Shape, draw: Draw) -> Case:
     return Case("lora_expert_linear", str(shape), tensors, options, eager, ("x", "lora_A", "lora_B"))
 
 
+def multi_lora_linear(shape: Shape, draw: Draw, per_row: int = 1) -> Case:
+    """Four adapters of ranks r / 2 to r, the last without rows, and rows without any; `per_row` > 1: weighted."""
+    n, k, ranks = shape.n, shape.k, [max(1, shape.r * part // 4) for part in (4, 2, 3, 4)]
+    several = (per_row,) if per_row > 1 else ()
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        x = t["x"].flatten(0, -2)
+        ids, y = t["adapter_ids"].reshape(len(x), per_row), F.linear(x, t["weight"], t.get("bias"))
+        dropping = dropped(x, shape.dropout_p, SEED)
+        for a in range(len(ranks)):
+            for i, own in enumerate((ids == a).unbind(1)):
+                update = SCALING * _low_rank(dropping[own], t[f"lora_As.{a}"], t[f"lora_Bs.{a}"], 0.0, SEED)
+                if several:
+                    update = update * t["adapter_weights"].reshape(ids.shape)[own, i].unsqueeze(1).to(update.dtype)
+                y = y.index_put((own,), update, accumulate=True)
+        return y.view(*t["x"].shape[:-1], n)
+
+    layer = _layer(shape, draw)
+    tensors = {name: layer[name] for name in ("x", "weight", "bias")}
+    for a, r in enumerate(ranks):
+        tensors[f"lora_As.{a}"] = draw(shape.adapter_dtype, r, k, scale=k**-0.5)
+        tensors[f"lora_Bs.{a}"] = draw(shape.adapter_dtype, n, r, scale=r**-0.5)
+    tensors["adapter_ids"] = draw.integers(len(ranks), *shape.batch, *several) - 1
+    if several:
+        tensors["adapter_weights"] = draw(torch.float32, *shape.batch, *several)
+    options = {"scalings": SCALING, **_options(shape, draw)}
+    grads = (*_group_grads(len(ranks)), *(["adapter_weights"] if several else []))
+    return Case("multi_lora_linear", f"{shape}, {per_row} of {len(ranks)} a row", tensors, options, eager, grads)
+
+
 def philox_dropout(shape: Shape, draw: Draw) -> Case:
     """K wide."""
 
@@ -431,5 +461,6 @@ BUILDERS: dict[str, Callable[[Shape, Draw], Case]] = {
     "gated_activation": gated_activation,
     "lora_embedding": lora_embedding,
     "lora_expert_linear": lora_expert_linear,
+    "multi_lora_linear": multi_lora_linear,
     "philox_dropout": philox_dropout,
 }

@@ -8,7 +8,7 @@ when computed twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -215,6 +215,26 @@ def _splitk_reduce_cases(draw: Draw) -> Iterator[Case]:
         yield problems.splitk_reduce(parts, size, dtype, draw)
 
 
+# Each adapter has some of the rows: of few, or of a small rank, the ratio of two errors is a matter of luck.
+_MULTI = (
+    Shape((3, 67), 80, 96, 24, _SINGLE, _SINGLE, 0.0),
+    Shape((259,), 136, 200, 40, _SINGLE, _SINGLE, 0.25),
+    Shape((165,), 264, 192, 36, _BF16, _SINGLE, 0.0),
+    Shape((2, 70), 96, 128, 48, _BF16, _BF16, 0.1),
+    Shape((196,), 64, 160, 28, _F16, _SINGLE, 0.0),
+)
+_FEW_ROWS = Shape((9,), 515, 264, 8, _BF16, _SINGLE)
+
+
+def _multi_lora_linear_cases(draw: Draw) -> Iterator[Case]:
+    """Of few rows too, which have kernels of their own, and of two weighted adapters a row."""
+    for shape in _MULTI:
+        yield problems.multi_lora_linear(shape, draw)
+    for shape in _MULTI[2:4]:  # in float32 the order of sums alone decides
+        yield problems.multi_lora_linear(shape, draw, per_row=2)
+    yield replace(problems.multi_lora_linear(_FEW_ROWS, draw), grads=())
+
+
 # With the arguments of `problems.nf4_weight`: a row's end is seldom a block's. Few rows have kernels of their own.
 _QUANTISED: tuple[tuple[Shape, dict[str, Any]], ...] = (
     (_LAYERS[0], {"nested": False}),
@@ -245,6 +265,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "gated_activation": _gated(problems.gated_activation, _TENSORS),
     "lora_embedding": _of_shapes(problems.lora_embedding, _LAYERS),
     "lora_expert_linear": _of_shapes(problems.lora_expert_linear, _LAYERS),
+    "multi_lora_linear": _multi_lora_linear_cases,
     "nf4_linear": _quantised(problems.nf4_linear),
     "nf4_lora_linear": _quantised(problems.nf4_lora_linear),
     "nf4_dequantize": _quantised(problems.nf4_dequantize),
