@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft_kernels import functional
 from peft_kernels.dispatch import explain, use_backend
+from peft_kernels.formats.pool import AdapterPool
 from peft_kernels.integrations import accelerate, restore
 from peft_kernels.nn import (
     FusedLoRAEmbedding,
@@ -28,6 +29,7 @@ from peft_kernels.parity import check
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterPool",
     "FusedLoRAEmbedding",
     "FusedLoRAExperts",
     "FusedLoRAGroup",
