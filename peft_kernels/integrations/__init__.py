@@ -20,6 +20,10 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
     work as before. Supported are linear layers (also Conv1D, and bitsandbytes' `Linear4bit` in NF4, whose weight is
     multiplied from its 4 bits) and embeddings, with one or several active adapters, rsLoRA, `lora_bias`, trained
     biases, frozen A or B, MiCA, DoRA (one base matmul instead of two or three) and activated LoRA (a mask, no gather).
+    Batches in which every sample names its adapter (`adapter_names`, as in PEFT; "__base__" for none) run all adapters
+    of a layer at once (`functional.multi_lora_linear`), and in training mode too, which PEFT refuses: every adapter
+    gets the gradient of training alone on its own samples. transformers' gradient checkpointing takes the names along,
+    `torch.utils.checkpoint` called by the model itself does not: there PEFT's hooks are gone when it computes again.
     What is not supported (`Report` says what and why) runs PEFT's own code, decided at every call, and each reason is
     logged once, as a warning of the logger "peft_kernels".
 

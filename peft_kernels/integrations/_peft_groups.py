@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from peft_kernels import functional
 from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.integrations._peft_multi import Mixed, fits, mixed_operands, outputs_together
 from peft_kernels.integrations._peft_nf4 import Quantised, changes, input_of, output_for
 from peft_kernels.integrations._peft_objections import QUANTISED
 from peft_kernels.integrations._peft_operands import Several, operands
@@ -39,7 +40,7 @@ SMALL_ON_CPU = 1 << 25
 
 # Operands of one plain adapter, over a dense weight or one of 4 bits.
 SINGLE = (tuple, Quantised)
-GROUPABLE = (*SINGLE, Several)
+GROUPABLE = (*SINGLE, Several, Mixed)
 
 
 class Group:
@@ -154,7 +155,7 @@ def _start(group: Group, first: int, layer: nn.Module, x: Tensor, found: Any) ->
     parts = {}
     for position, member in enumerate(members):
         if type(member) is type(layer):
-            part = found if position == first else operands(member, x)
+            part = found if position == first else _operands_like(found, member, x)
             if _groupable(part, found, x):
                 parts[position] = part
                 if position < first:
@@ -168,6 +169,11 @@ def _start(group: Group, first: int, layer: nn.Module, x: Tensor, found: Any) ->
     return ys[0]
 
 
+def _operands_like(found: Any, member: Any, x: Tensor) -> Any:
+    """Of a layer that is going to be called as the one was that has `found`."""
+    return mixed_operands(member, x, found.choice) if type(found) is Mixed else operands(member, x)
+
+
 def _groupable(part: Any, first: Any, x: Tensor) -> bool:
     if type(part) in SINGLE:
         weight, _, lora_A, _, lora_bias, _, _ = part
@@ -175,17 +181,26 @@ def _groupable(part: Any, first: Any, x: Tensor) -> bool:
             return False
     elif type(part) is Several:
         weight, lora_A = part.weight, part.lora_As[0]
+    elif type(part) is Mixed and fits(part, first):
+        weight, lora_A = part.weight, part
     else:
         return False
-    dtype = first[2].dtype if type(first) in SINGLE else first.lora_As[0].dtype
-    if lora_A.dtype != dtype or weight.device != x.device:
+    if lora_A.dtype != _adapter_dtype(first) or weight.device != x.device:
         return False
     if type(weight) is NF4Weight or type(first[0]) is NF4Weight:
         return weight.dtype == first[0].dtype  # the dtype of the computation, of which x may be another
     return not weight.is_inference()
 
 
+def _adapter_dtype(part: Any) -> torch.dtype:
+    if type(part) in SINGLE:
+        return part[2].dtype
+    return part.dtype if type(part) is Mixed else part.lora_As[0].dtype
+
+
 def _compute(x: Tensor, parts: list) -> tuple[Tensor, ...]:
+    if type(parts[0]) is Mixed:
+        return outputs_together(x, parts)
     weights, biases, lora_As, lora_Bs, scalings, dropout_ps = [], [], [], [], [], []
     for part in parts:
         weight, bias, lora_A, lora_B, *_, scaling, dropout_p = part
@@ -217,19 +232,20 @@ def _state(part: Any) -> tuple:
         trained = type(weight) is not NF4Weight and weight.requires_grad
         return count, trained, lora_A.requires_grad, lora_B.requires_grad
     weights = (part.weight,) if isinstance(part.weight, Tensor) else part.weight.tensors
-    tensors = (*weights, *part.lora_As, *part.lora_Bs, *(() if part.bias is None else (part.bias,)))
-    return tuple((tensor._version, tensor.requires_grad) for tensor in tensors)
+    tensors = (*weights, part.bias, *part.lora_As, *part.lora_Bs)
+    return tuple((tensor._version, tensor.requires_grad) for tensor in tensors if tensor is not None)
 
 
 def _same(part: Any, other: Any) -> bool:
     """Whether two operands hold the same objects."""
-    if type(part) is Several and type(other) is Several:
+    if type(part) in (Several, Mixed) and type(part) is type(other):
         return len(part.lora_As) == len(other.lora_As) and all(map(operator.is_, _flat(part), _flat(other)))
     return type(part) is type(other) and type(part) in SINGLE and all(map(operator.is_, part, other))
 
 
-def _flat(part: Several) -> tuple:
-    return part.weight, part.bias, *part.lora_As, *part.lora_Bs, *part.scalings, *part.dropout_ps
+def _flat(part: Several | Mixed) -> tuple:
+    choice = part.choice if type(part) is Mixed else None
+    return part.weight, part.bias, *part.lora_As, *part.lora_Bs, *part.scalings, *part.dropout_ps, choice
 
 
 def form(model: nn.Module, fused: Container[type], calls: Calls) -> list[Block]:

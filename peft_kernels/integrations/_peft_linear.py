@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_kernels import functional
 from peft_kernels.integrations._peft_groups import GROUPABLE, Place
+from peft_kernels.integrations._peft_multi import mixed
 from peft_kernels.integrations._peft_operands import NOTHING_TO_FUSE, operands
 from peft_kernels.integrations.report import Calls
 
@@ -105,7 +106,8 @@ if is_bnb_4bit_available():
 
 
 def arguments_objection(args: tuple, kwargs: dict) -> str | None:
-    """What a call may not have besides x. Offsets concern activated LoRA; other adapters ignore them."""
+    """What a call may not have besides x, in layers of all kinds. Offsets concern activated LoRA; other adapters ignore
+    them."""
     if args or not kwargs.keys() <= {"alora_offsets"}:
         names = sorted(kwargs) or [f"{len(args)} positional"]
         return f"the call has arguments besides x ({', '.join(names)})"
@@ -113,6 +115,9 @@ def arguments_objection(args: tuple, kwargs: dict) -> str | None:
 
 
 def _with_arguments(layer: FusedLinear, x: Tensor, args: tuple, kwargs: dict) -> Any:
+    names = kwargs.get("adapter_names")
+    if names is not None and not args and kwargs.keys() <= {"adapter_names", "alora_offsets"}:
+        return mixed(layer, x, names)
     return arguments_objection(args, kwargs) or operands(layer, x, kwargs["alora_offsets"])
 
 

@@ -49,8 +49,9 @@ _PLAIN_TRIPLES = frozenset(itertools.product(PLAIN, repeat=3))
 DISABLED = "the adapters are disabled"
 MERGED = "the adapter is merged into the base weight"
 NOT_HERE = "no active adapter has weights in this layer"
+NOT_IN_BATCH = "no adapter of the batch has weights in this layer"
 # With these the base layer alone runs: nothing is lost, so that `strict` lets them pass at a call.
-NOTHING_TO_FUSE = frozenset((DISABLED, MERGED, NOT_HERE))
+NOTHING_TO_FUSE = frozenset((DISABLED, MERGED, NOT_HERE, NOT_IN_BATCH))
 
 
 class Several(NamedTuple):
@@ -109,10 +110,10 @@ def operands(layer: Any, x: Tensor | None, alora_offsets: Sequence[int | None] |
     name = names[0]
     if name in layer.lora_variant:
         return _variant(layer, x, name, alora_offsets)
-    return _single(layer, x, name)
+    return single(layer, x, name)
 
 
-def _single(layer: Any, x: Tensor | None, name: str) -> tuple | str:
+def single(layer: Any, x: Tensor | None, name: str) -> tuple | str:
     """The operands with one adapter (`Quantised` over a 4-bit weight), whatever the others are."""
     children = layer._modules
     base, a, b = children["base_layer"], children["lora_A"]._modules[name], children["lora_B"]._modules[name]
@@ -162,10 +163,10 @@ def _single(layer: Any, x: Tensor | None, name: str) -> tuple | str:
 def _several(layer: Any, x: Tensor | None, names: list[str]) -> Several | str:
     adapters = []
     for name in names:
-        if not _is_plain_lora(layer.lora_variant.get(name)):
+        if not is_plain_lora(layer.lora_variant.get(name)):
             kinds = sorted({type(layer.lora_variant[n]).__name__ for n in names if n in layer.lora_variant})
             return f"{len(names)} adapters are active at once, with LoRA variants among them ({', '.join(kinds)})"
-        adapter = _single(layer, x, name)
+        adapter = single(layer, x, name)
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
@@ -179,16 +180,16 @@ def _several(layer: Any, x: Tensor | None, names: list[str]) -> Several | str:
 
 def _variant(layer: Any, x: Tensor | None, name: str, alora_offsets: Sequence[int | None] | None) -> Any:
     variant = layer.lora_variant[name]
-    if _is_plain_lora(variant):
-        return _single(layer, x, name)
+    if is_plain_lora(variant):
+        return single(layer, x, name)
     if type(variant) is DoraLinearVariant:
-        return dora_operands(layer, x, _single(layer, x, name), name)
+        return dora_operands(layer, x, single(layer, x, name), name)
     if type(variant) is ALoraLinearVariant:
-        return _activated(_single(layer, x, name), x, alora_offsets)
+        return _activated(single(layer, x, name), x, alora_offsets)
     return f"the adapter is a LoRA variant ({type(variant).__name__})"
 
 
-def _is_plain_lora(variant: object | None) -> bool:
+def is_plain_lora(variant: object | None) -> bool:
     """MiCA differs from LoRA in its initial values and in what is frozen, not in what it computes."""
     return variant is None or type(variant) is MiCALinearVariant
 

@@ -1,8 +1,8 @@
 """`accelerate` and `restore` for Hugging Face PEFT's LoRA layers, by changing their class in place.
 
 `_peft_operands.py` says what a layer computes (`_peft_nf4.py` over 4-bit weights), `_peft_linear.py` and
-`_peft_embedding.py` are the layers, `_peft_groups.py` computes layers that share their input together, `_peft_mlp.py`
-whole feed-forward blocks.
+`_peft_embedding.py` are the layers, `_peft_multi.py` batches whose samples name their adapters, `_peft_groups.py`
+computes layers that share their input together, `_peft_mlp.py` whole feed-forward blocks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from peft_kernels.integrations._peft_groups import form
 from peft_kernels.integrations._peft_linear import LINEARS, Site
 from peft_kernels.integrations._peft_linear import FusedPeftLinear as FusedPeftLinear
 from peft_kernels.integrations._peft_mlp import fuse_mlps, restore_mlps
+from peft_kernels.integrations._peft_multi import fuse_tuners, restore_tuners
 from peft_kernels.integrations._peft_objections import BASES, QUANTISED, full_name, is_fsdp, type_objection
 from peft_kernels.integrations._peft_operands import operands
 from peft_kernels.integrations.report import Block, Calls, Report, Row
@@ -61,6 +62,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, groups: bool = True) -
                 layer.__class__ = FUSED[type(layer)]
             layer._peft_kernels = Site(name, calls)
             layer.__dict__.pop("_peft_kernels_place", None)
+    fuse_tuners(model)
     return replace(report, blocks=_together(model, calls) if groups else ())
 
 
@@ -83,6 +85,7 @@ def restore(model: nn.Module) -> int:
                 "The model is unchanged"
             )
     restore_mlps(model)
+    restore_tuners(model)
     for layer in layers.values():
         fused, plain = type(layer), PLAIN[type(layer)]
         layer.__class__ = plain

@@ -37,7 +37,7 @@ class Calls:
     def watch(self, name: str, original):
         def counted(*args, **kwargs):
             self._ops[name] += 1
-            several = name in ("lora_linear_group", "lora_swiglu_mlp")
+            several = name in ("lora_linear_group", "lora_swiglu_mlp", "multi_lora_linear_group")
             self.layers += sum(lora_A is not None for lora_A in args[2]) if several else 1
             return original(*args, **kwargs)
 

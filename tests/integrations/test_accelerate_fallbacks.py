@@ -283,20 +283,6 @@ def test_two_active_adapters_of_which_one_is_in_the_layer_are_fused(fused):
     assert fused() == 2
 
 
-def test_adapter_names(fused):
-    model = toy()
-    add(model, "other")
-    stock = models.twin(model)
-    report = accelerate(model)
-    names = ["default", "other", "__base__", "default", "other"]
-    model.eval(), stock.eval()
-    assert torch.equal(model(features(), adapter_names=names), stock(features(), adapter_names=names))
-    assert fused() == 0
-    assert report.fallbacks == {"the call has arguments besides x (adapter_names)": 2}
-    with pytest.raises(ValueError, match="Length of `adapter_names`"):
-        model(features(), adapter_names=["default"])
-
-
 def test_x_of_another_dtype_gets_pefts_error(fused):
     model = toy().bfloat16()
     report = accelerate(model)

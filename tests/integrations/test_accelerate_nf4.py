@@ -134,18 +134,6 @@ def test_several_adapters(fused):
     assert fused.ops() == {"lora_linear": 4, "lora_linear_group": 2}
 
 
-def test_adapter_names_run_pefts_code(fused):
-    model = two_adapters()
-    stock = models.twin(model)
-    report = accelerate(model)
-    names = ["default", "other", "__base__", "default", "other"]
-    model.eval(), stock.eval()
-    outputs = [module(features(5, 64), adapter_names=names) for module in (model, stock)]
-    assert torch.equal(*outputs)
-    assert fused() == 0
-    assert report.fallbacks == {"the call has arguments besides x (adapter_names)": 2}
-
-
 @pytest.mark.filterwarnings("ignore:aLoRA is currently only supported")
 def test_activated_lora(fused):
     model = quantised.toy(adapter={"alora_invocation_tokens": [1]})
