@@ -354,11 +354,15 @@ def _per_row(values: Tensor, given: torch.Size, batch: torch.Size, several: bool
     return values.reshape(batch.numel(), values.shape[-1]).contiguous()
 
 
+def reads_ids(device: torch.device) -> bool:
+    """Whether ids on this device are checked: on a CPU always, elsewhere where the environment asks for it."""
+    return device.type == "cpu" or (device.type != "meta" and os.environ.get(CHECK_IDS_VARIABLE) == "1")
+
+
 def _check_range(op: str, adapter_ids: Tensor, count: int) -> None:
-    device = adapter_ids.device.type
-    if adapter_ids.numel() == 0 or device == "meta" or torch.compiler.is_compiling():
+    if adapter_ids.numel() == 0 or torch.compiler.is_compiling() or type(adapter_ids) is not Tensor:
         return
-    if type(adapter_ids) is not Tensor or (device != "cpu" and os.environ.get(CHECK_IDS_VARIABLE) != "1"):
+    if not reads_ids(adapter_ids.device):
         return
     low, high = (int(value) for value in torch.aminmax(adapter_ids))
     if low < -1 or high >= count:

@@ -86,12 +86,13 @@ class MultiLoraProblem(Problem):
         """PEFT's loop: base, then for each adapter its rows by index."""
         flat = t["x"].reshape(-1, self.k)
         y = F.linear(flat, t["weight"], t["bias"])
+        masks = {p: mask_of(flat, p, self.seed) for p in {self.probability(a) for a in range(len(self.ranks))} if p}
         mix = t["adapter_weights"].reshape(self.choices.shape) if self.mixed else None
         for a, r in enumerate(self.ranks):
             if r is None:
                 continue
             p = self.probability(a)
-            dropped = flat * mask_of(flat, p, self.seed) if p else flat
+            dropped = flat * masks[p] if p else flat
             lora_A, lora_B = t[f"lora_As.{a}"].to(flat.dtype), t[f"lora_Bs.{a}"].to(flat.dtype)
             for i in range(self.choices.shape[1]):
                 rows = (self.choices[:, i] == a).nonzero().squeeze(1)

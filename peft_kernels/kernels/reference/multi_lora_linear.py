@@ -1,4 +1,5 @@
-"""Specification of linear layers whose rows choose their own adapters: every adapter on all rows, kept where meant.
+"""Specification of linear layers whose rows choose their own adapters: each that some row chose on all rows, kept where
+meant.
 
 x [M, K], W_j [N_j, K], ids [M, k] (-1: none), mix [M, k] or None for ones, A_aj [r, K], B_aj [N_j, r]:
 
@@ -29,7 +30,7 @@ def _drop(x: Tensor, dropout_ps, seeds: Tensor | None, output: int, adapter: int
 
 def _chosen(adapters, output: int, ids: Tensor) -> Iterator[tuple[int, Factors, list[Tensor]]]:
     """(adapter, its factors, for each of the k choices which rows made it [M, 1])."""
-    for adapter in range(adapters.count):
+    for adapter in sorted(set(ids.flatten().tolist()) & set(range(adapters.count))):
         factors = adapters.factors(output, adapter)
         if factors is not None:
             yield adapter, factors, [own.unsqueeze(1) for own in (ids == adapter).unbind(1)]
