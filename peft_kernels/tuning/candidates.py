@@ -95,6 +95,9 @@ _NF4_GEMM = Space(
     ("block_m", "block_n"),
 )  # fmt: skip
 _NF4_GRAD_X = replace(_NF4_GEMM, staged=(("block_m", "block_n"),), accumulated=("block_m", "block_k"))
+_MULTI_DECODE = Space(
+    (("block_n", (128, 256, 512)), ("block_k", (128, 256, 512)), _WARPS, ("num_stages", (2, 4, 6, 8))),
+)  # fmt: skip
 SPACES: dict[str, Space] = {
     "philox_dropout": Space((("block", (1024, 2048, 4096)), ("block_k", (256, 512, 1024)), _WARPS)),
     "gated_activation": Space((("block", (1024, 2048, 4096)), ("block_n", (256, 512, 1024)), _WARPS)),
@@ -122,11 +125,18 @@ SPACES: dict[str, Space] = {
     "sum_over_rows": _SUMS,
     "group_sum_over_rows": _SUMS,
     "expert_sum_over_rows": _SUMS,
+    "multi_down_projection": _DOWN,
+    "multi_gemm": _gemm(),
+    "multi_expand": Space(
+        (_ROWS, ("block_n", (64, 128, 256)), ("group_m", (4, 8, 16)), _WARPS), accumulated=("block_m", "block_n")
+    ),
+    "multi_sum_over_rows": _SUMS,
     "nf4_dequantize": Space((("block", (2048, 4096, 8192)), _WARPS)),
     "nf4_gemm": _NF4_GEMM,
     "nf4_gemm_any": _NF4_GEMM,
     "nf4_grad_x": _NF4_GRAD_X,
     "nf4_grad_x_any": _NF4_GRAD_X,
+    "multi_decode": _MULTI_DECODE,
 }
 
 

@@ -19,7 +19,7 @@ class Config:
 
 
 _TILE = frozenset(("block", "block_m", "block_n", "block_k", "block_r", "group_m", "unroll", "parts"))
-_HOST_ONLY = frozenset(("programs", "scratch_mib", "splits"))
+_HOST_ONLY = frozenset(("programs", "scratch_mib", "splits", "rows", "ranks"))
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,29 @@ class Nf4Gemm(Config):
     programs: int
 
 
+@dataclass(frozen=True)
+class MultiDecode(Config):
+    """`block_n` columns of y belong to a program, A x is summed in steps of `block_k`. One launch does for up to `rows`
+    rows and `ranks` ranks, two for more. The first two and `num_warps` are the order of the sums, and chosen by K and
+    dtype alone, so that a row's bits depend on nothing else."""
+
+    block_n: int
+    block_k: int
+    num_stages: int
+    rows: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class MultiExpand(Config):
+    """Fields as in `ExtendedGemm`: there is nothing to sum but ranks."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    group_m: int
+
+
 CONFIGS: dict[str, type[Config]] = {
     "gated_activation": GatedActivation,
     "grad_scale": GradScale,
@@ -175,9 +198,14 @@ CONFIGS: dict[str, type[Config]] = {
     "expert_gemm": ExtendedGemm,
     "expert_gemm_tma": ExtendedGemm,
     "expert_sum_over_rows": SumOverRows,
+    "multi_down_projection": DownProjection,
+    "multi_gemm": ExtendedGemm,
+    "multi_expand": MultiExpand,
+    "multi_sum_over_rows": SumOverRows,
     "nf4_dequantize": Nf4Dequantize,
     "nf4_gemm": Nf4Gemm,
     "nf4_gemm_any": Nf4Gemm,
     "nf4_grad_x": Nf4Gemm,
     "nf4_grad_x_any": Nf4Gemm,
+    "multi_decode": MultiDecode,
 }
