@@ -328,9 +328,9 @@ def test_f77_batch_sizes_around_every_block():
 def test_public_functions_have_no_hidden_defaults():
     """F32's lesson: a default that silently makes things slow or wrong. Every default here is the mathematical one."""
     neutral = {
-        "scaling": 1.0, "scalings": None, "adapter_weights": None, "dropout_p": 0.0, "training": True, "activation": "silu", "scale": 1.0, "bias": None,
-        "biases": None, "lora_bias": None, "seed": None, "token_mask": None, "weight_norm": None,
-        "weight_norm_squared": None, "padding_idx": None, "dtype": None,
+        "scaling": 1.0, "dropout_p": 0.0, "training": True, "activation": "silu", "scale": 1.0, "bias": None,
+        "scalings": None, "adapter_weights": None, "biases": None, "lora_bias": None, "seed": None,
+        "token_mask": None, "weight_norm": None, "weight_norm_squared": None, "padding_idx": None, "dtype": None,
         "blocksize": 64, "double_quant": True,  # QLoRA's
     }  # fmt: skip
     for op in functional.__all__:
