@@ -127,7 +127,7 @@ SPACES: dict[str, Space] = {
     "expert_sum_over_rows": _SUMS,
     "multi_down_projection": _DOWN,
     "multi_gemm": _gemm(),
-    "multi_expand": Space(
+    "multi_update": Space(
         (_ROWS, ("block_n", (64, 128, 256)), ("group_m", (4, 8, 16)), _WARPS), accumulated=("block_m", "block_n")
     ),
     "multi_sum_over_rows": _SUMS,

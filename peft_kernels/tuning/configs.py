@@ -166,7 +166,7 @@ class MultiDecode(Config):
 
 
 @dataclass(frozen=True)
-class MultiExpand(Config):
+class MultiUpdate(Config):
     """Fields as in `ExtendedGemm`: there is nothing to sum but ranks."""
 
     block_m: int
@@ -200,7 +200,7 @@ CONFIGS: dict[str, type[Config]] = {
     "expert_sum_over_rows": SumOverRows,
     "multi_down_projection": DownProjection,
     "multi_gemm": ExtendedGemm,
-    "multi_expand": MultiExpand,
+    "multi_update": MultiUpdate,
     "multi_sum_over_rows": SumOverRows,
     "nf4_dequantize": Nf4Dequantize,
     "nf4_gemm": Nf4Gemm,

@@ -28,15 +28,26 @@ def _low_rank_step(
 ):  # fmt: skip
     """total + (factor · s) b over the ranks from `rank` on; a product with `factor` is rounded to the dtype of s."""
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    return low_rank_step(
+        total, s, b, rank, rows, rows < M, R, columns, columns < N, R, stride_sm, stride_sr, stride_br, stride_bn,
+        factor, BLOCK_R, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def low_rank_step(
+    total, s, b, rank, rows, rows_in, R_OF_S, columns, columns_in, R, stride_sm, stride_sr, stride_br, stride_bn,
+    factor, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + (factor · s[rows]) b over the ranks from `rank` on, of which s has R_OF_S and b, in any dtype, R."""
     ranks = rank + tl.arange(0, BLOCK_R).to(tl.int64)
-    rows_in, columns_in, ranks_in = rows < M, columns < N, ranks < R
     s_pointers = s + rows[:, None] * stride_sm + ranks[None, :] * stride_sr
     b_pointers = b + ranks[:, None] * stride_br + columns[None, :] * stride_bn
-    s_tile = tl.load(s_pointers, mask=rows_in[:, None] & ranks_in[None, :], other=0.0)
-    b_tile = tl.load(b_pointers, mask=ranks_in[:, None] & columns_in[None, :], other=0.0)
+    s_tile = tl.load(s_pointers, mask=rows_in[:, None] & (ranks < R_OF_S)[None, :], other=0.0)
+    b_tile = tl.load(b_pointers, mask=(ranks < R)[:, None] & columns_in[None, :], other=0.0)
     if factor is not None:
         s_tile = (s_tile.to(tl.float32) * factor).to(s.dtype.element_ty)
-    return tl.dot(s_tile, b_tile, total, input_precision=PRECISION)
+    return tl.dot(s_tile, b_tile.to(s_tile.dtype), total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -95,8 +106,14 @@ def finish(total, bias, out, row, column, M, N, stride_bias, BLOCK_M: tl.constex
     """out = total + bias, rounded once; out [M, N] contiguous."""
     total = add_bias(total, bias, column, N, stride_bias, BLOCK_N)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
+    store_rows(total, out, rows, rows < M, columns, columns < N, N)
+
+
+@triton.jit
+def store_rows(total, out, rows, rows_in, columns, columns_in, N):
+    """out[rows, columns] = total, rounded once; out [., N] contiguous."""
     pointers = out + rows[:, None] * N + columns[None, :]
-    tl.store(pointers, total.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+    tl.store(pointers, total.to(out.dtype.element_ty), mask=rows_in[:, None] & columns_in[None, :])
 
 
 @triton.jit

@@ -69,16 +69,27 @@ def add_product(
             total = tl.dot(x_tile, w_tile, total)
     else:
         rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
-        rows_in, columns_in = rows < M, columns < N
-        inner = tl.arange(0, BLOCK_K)
-        x_pointers = x + rows[:, None] * x_strides[0] + inner[None, :].to(tl.int64) * x_strides[1]
-        w_pointers = w + inner[:, None].to(tl.int64) * w_strides[0] + columns[None, :] * w_strides[1]
-        x_step, w_step = BLOCK_K * tl.cast(x_strides[1], tl.int64), BLOCK_K * tl.cast(w_strides[0], tl.int64)
-        for k in range(0, K, BLOCK_K):
-            inner_in = inner < K - k
-            x_tile = tl.load(x_pointers, mask=rows_in[:, None] & inner_in[None, :], other=0.0)
-            w_tile = tl.load(w_pointers, mask=inner_in[:, None] & columns_in[None, :], other=0.0)
-            total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
-            x_pointers += x_step
-            w_pointers += w_step
+        total = add_product_of_rows(
+            total, x, w, rows, rows < M, columns, columns < N, K, x_strides, w_strides, BLOCK_K, PRECISION
+        )
+    return total
+
+
+@triton.jit
+def add_product_of_rows(
+    total, x, w, rows, rows_in, columns, columns_in, K, x_strides, w_strides, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + x[rows] w[:, columns], over pointers."""
+    inner = tl.arange(0, BLOCK_K)
+    x_pointers = x + rows[:, None] * x_strides[0] + inner[None, :].to(tl.int64) * x_strides[1]
+    w_pointers = w + inner[:, None].to(tl.int64) * w_strides[0] + columns[None, :] * w_strides[1]
+    x_step, w_step = BLOCK_K * tl.cast(x_strides[1], tl.int64), BLOCK_K * tl.cast(w_strides[0], tl.int64)
+    for k in range(0, K, BLOCK_K):
+        inner_in = inner < K - k
+        x_tile = tl.load(x_pointers, mask=rows_in[:, None] & inner_in[None, :], other=0.0)
+        w_tile = tl.load(w_pointers, mask=inner_in[:, None] & columns_in[None, :], other=0.0)
+        total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+        x_pointers += x_step
+        w_pointers += w_step
     return total
