@@ -27,7 +27,7 @@ from peft_kernels.checks import (
 from peft_kernels.formats.adapter_table import AdapterLists, Adapters, PoolAdapters
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.formats.pool import PoolLayer
-from peft_kernels.functional.lora_linear import PLAIN
+from peft_kernels.functional.lora_linear import PLAIN, is_dtensor
 from peft_kernels.functional.lora_linear_group import check_input
 from peft_kernels.ops._weights import split
 from peft_kernels.ops.philox_dropout import new_seeds
@@ -87,6 +87,7 @@ def multi_lora_linear(
         ValueError: a shape, length, device or number does not fit, or an id on a CPU is out of range; the message names
             the argument.
         TypeError: an argument is of the wrong type or dtype.
+        NotImplementedError: sharded tensors (DTensor).
     """
     biases = None if bias is None else (bias,)
     pool = isinstance(lora_As, PoolLayer)
@@ -153,12 +154,20 @@ def _call(
         check_input(op, x)
         _check_layers(op, x, weights, biases)
         _check_adapters(op, x, weights, adapters)
+        _refuse_dtensors(op, x, *weights, *adapters.lora_As, *adapters.lora_Bs)
         _remember(signature)
     ids, mix = adapter_choice(op, x, adapter_ids, adapter_weights, adapters.count)
     dropout_ps, seeds = _dropout(op, dropout_p, training, seed, adapters.count, len(weights), x.device)
     return ops.multi_lora_linear.multi_lora_linear(
         x, list(weights), biases, adapters, ids, mix, dropout_ps, seeds
     )  # fmt: skip
+
+
+def _refuse_dtensors(op: str, *tensors: Any) -> None:
+    """A table of addresses knows nothing of shards."""
+    special = [tensor for tensor in tensors if tensor is not None and type(tensor) not in PLAIN]
+    if special and not torch.compiler.is_compiling() and is_dtensor(*special):
+        raise NotImplementedError(f"{op}: DTensors are not supported; expected tensors of one process")
 
 
 def flatten_adapters(op: str, weights, lora_As, lora_Bs, scalings) -> Adapters:
@@ -318,6 +327,7 @@ def adapter_choice(
     if adapter_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: adapter_ids has dtype {adapter_ids.dtype}; expected torch.int32 or torch.int64")
     check_device(op, "adapter_ids", adapter_ids, x.device)
+    _refuse_dtensors(op, adapter_ids, adapter_weights)
     batch = x.shape[:-1]
     several = adapter_weights is not None
     if adapter_weights is not None:

@@ -298,6 +298,27 @@ def test_a_pool_beside_tensors_is_refused():
         functional.multi_lora_linear_group(x, [weight, weight], [pool, [a]], None, ids.long() * 0)
 
 
+def test_sharded_tensors_are_refused():
+    """A table of addresses of shards would be read as if each were whole."""
+    from torch import distributed
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    problem = MultiLoraProblem(6, ranks=(3,), mixed=True)
+    (x, weight, (a,), (b,), ids), options = problem.arguments(problem.tensors)
+    plain = {"x": x, "weight": weight, "lora_As": [a], "lora_Bs": [b], "adapter_ids": ids, **options}
+    functional.multi_lora_linear(**plain)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for name in ("x", "weight", "lora_As", "lora_Bs", "adapter_ids", "adapter_weights"):
+            tensor = plain[name][0] if name.startswith("lora") else plain[name]
+            sharded = distribute_tensor(tensor.detach(), mesh, [Replicate()])
+            with pytest.raises(NotImplementedError, match="DTensors are not supported; expected tensors of one"):
+                functional.multi_lora_linear(**{**plain, name: [sharded] if name.startswith("lora") else sharded})
+    finally:
+        distributed.destroy_process_group()
+
+
 def test_adapters_that_follow_good_ones_are_checked():
     """Operands found valid are remembered: other adapters, one more, another dtype, another device must not pass."""
     problem = MultiLoraProblem(6, ranks=(3, 3))
