@@ -47,13 +47,21 @@ def calls():
         lambda x: functional.lora_linear_group(x, [weights[0]] * 2, [As[0]] * 2, [Bs[0]] * 2, scalings=[1.5, 2.5]),
         [As[0], Bs[0]],
     )
+    lists = [[As[0], As[1], As[0]], None, [None, As[1], As[0]]], [[Bs[0], Bs[1], Bs[0]], None, [None, Bs[1], Bs[0]]]
+    yield (
+        "multi",
+        lambda x: functional.multi_lora_linear_group(
+            x, [weights[0], *weights], *lists, torch.arange(len(x)) % 4 - 1, scalings=[1.5, None, [None, 0.5, 2.5]]
+        ),
+        As[:2] + Bs[:2],
+    )
     yield "mlp", lambda x: functional.lora_swiglu_mlp(x, [*weights, down], As, Bs, scalings=1.5), As + Bs
     yield "dora", lambda x: functional.dora_linear(x, weights[0], As[0], Bs[0], magnitude, scaling=1.5), [
         As[0], Bs[0], magnitude,
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["group", "tied", "mlp", "dora"])
+@pytest.mark.parametrize("name", ["group", "tied", "multi", "mlp", "dora"])
 def test_one_graph_for_every_batch_size(counter, name):
     torch.manual_seed(0)
     call, parameters = next((call, parameters) for other, call, parameters in calls() if other == name)
