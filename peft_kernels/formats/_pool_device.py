@@ -2,8 +2,8 @@
 
 On a GPU nothing here makes the host wait. Three rules keep kernels from reading what is half written or gone:
 
-- *Readers* are the streams that asked for adapter ids. Before bytes are overwritten that were free, the writer waits
-  for what the readers had been given when they became free (`fence`).
+- *Readers* are the streams that asked for adapter ids, or wrote. Before bytes are overwritten that were free, the
+  writer waits for what the readers had been given when they became free (`fence`).
 - Rows of the table that readers may be reading are written after all that the readers have been given so far, and what
   they are given later waits for the write (`published`).
 - A row that nobody can name yet is written with its adapter, on whatever stream; who asks for its id waits for it.
@@ -70,6 +70,8 @@ class Memory:
             return
         stream = self._side if side else torch.cuda.current_stream(self.device)
         assert stream is not None
+        if not side:
+            self._readers[stream.cuda_stream] = stream
         for event in (*self._fences.values(), *after):
             stream.wait_event(event)
         with torch.cuda.stream(stream):
@@ -85,6 +87,7 @@ class Memory:
         for stream in self._readers.values():
             for event in done:
                 stream.wait_event(event)
+        self.fence()
 
     def put(self, start: int, blob: Tensor) -> None:
         """Writes an adapter's run at byte `start`."""

@@ -159,11 +159,11 @@ def pack(where: str, factors: Mapping[str, Factors], sizes: Sizes, dtype: torch.
     ranks = [0 if f is None else f.A.shape[0] for f in of_layers]
     layout = layout_of(ranks, [0.0 if f is None else f.scaling for f in of_layers], list(sizes.values()), dtype)
     blob = torch.zeros(layout.nbytes // dtype.itemsize, dtype=dtype, pin_memory=pinned)
-    for f, row in zip(of_layers, layout.words, strict=True):
+    for f, (lora_A, lora_B, *_) in zip(of_layers, layout.words.tolist(), strict=True):
         if f is not None:
-            a, b, r, _, k, padded = ROW.unpack(row.numpy().tobytes())
-            _view(blob, a, padded, k)[:r].copy_(f.A)
-            _view(blob, b, f.B.shape[0], padded)[:, :r].copy_(f.B)
+            r, k = f.A.shape
+            _view(blob, lora_A, r, k).copy_(f.A)
+            _view(blob, lora_B, f.B.shape[0], _up(r, PAGE))[:, :r].copy_(f.B)
     if not blob.isfinite().all():
         raise ValueError(_not_finite(where, factors, dtype))
     return Packed(layout, blob)

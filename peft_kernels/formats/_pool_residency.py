@@ -3,7 +3,6 @@ its lock around every call."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,12 +29,55 @@ class PoolFullError(PoolError):
     """There is no room: the adapter is larger than the budget, or what is there is pinned or in use."""
 
 
+@dataclass(frozen=True)
+class PoolStats:
+    """What an `AdapterPool` holds and what it has done.
+
+    Attributes:
+        adapters: names that it knows.
+        resident: adapters in device memory; `pinned` and `in_use` (held by `use` blocks) of them cannot be evicted.
+        host_copies: adapters with a copy on the host, and `host_bytes` that these take.
+        slots: rows of the table, `free_slots` of them without an adapter.
+        budget: bytes of device memory: `bytes_used` by adapters, `bytes_free` in all, `largest_run` in one piece.
+        hits: names that `ids` or `use` found in device memory; misses: that they had to bring back.
+        loads: adapters loaded, `replacements` of them under a name that was there.
+        evictions: adapters that left device memory, asked for or to make room.
+        compactions: times that adapters were moved together, `bytes_moved` in all.
+        prefetches: adapters that `prefetch` brought back.
+        rereads: folders read again because the host copy was gone.
+        dropped: host copies given up for the host's budget.
+    """
+
+    adapters: int
+    resident: int
+    pinned: int
+    in_use: int
+    host_copies: int
+    host_bytes: int
+    slots: int
+    free_slots: int
+    budget: int
+    bytes_used: int
+    bytes_free: int
+    largest_run: int
+    hits: int
+    misses: int
+    loads: int
+    replacements: int
+    evictions: int
+    compactions: int
+    bytes_moved: int
+    prefetches: int
+    rereads: int
+    dropped: int
+
+
 @dataclass(eq=False)
 class Known:
     """An adapter that the pool knows: in device memory, as a copy on the host, in a folder, or in several of them."""
 
     name: str
-    folder: str | os.PathLike | None
+    folder: str | None
     copy: Packed | None = None
     place: Place | None = None
     pinned: bool = False
@@ -51,6 +93,12 @@ class Place:
     layout: Layout
     holds: int = 0
     ready: Event | None = None
+
+
+_COUNTED = (
+    "hits", "misses", "loads", "replacements", "evictions", "compactions", "bytes_moved", "prefetches", "rereads",
+    "dropped",
+)  # fmt: skip
 
 
 def place_of(known: Known) -> Place:
@@ -84,30 +132,53 @@ class Residency:
         self.idle_bytes = self.host_bytes = self.pinned = 0
         self.counts: Counter[str] = Counter()
 
+    def stats(self) -> PoolStats:
+        return PoolStats(
+            adapters=len(self.known),
+            resident=len(self.at),
+            pinned=self.pinned,
+            in_use=len(self.held),
+            host_copies=len(self.copies),
+            host_bytes=self.host_bytes,
+            slots=self.slots,
+            free_slots=len(self.free_slots),
+            budget=self.runs.size,
+            bytes_used=self.runs.size - self.runs.free,
+            bytes_free=self.runs.free,
+            largest_run=self.runs.largest,
+            **{name: self.counts[name] for name in _COUNTED},
+        )
+
     def hold_all(self, where: str, wanted: Sequence[Known], sources: dict[Known, Packed], side: bool) -> list[Place]:
         """Brings those of `sources`, which are not in device memory, there and holds all that are wanted.
 
         Raises:
             PoolFullError: nothing is held then. Unless what others hold cuts the memory to pieces, nothing has changed.
         """
+        self._check_room(where, [packed.layout.nbytes for packed in sources.values()], wanted)
         held: list[Place] = []
         try:
             held += [self._hold(known) for known in wanted if known.place is not None]
-            self._check_room(where, [packed.layout.nbytes for packed in sources.values()])
             for known, packed in sources.items():
                 self._bring(where, known, packed, side)
                 held.append(self._hold(known))
         except BaseException:
             self.release(held)
             raise
+        self.held.update(held)  # not before: what no block uses yet may still be moved
         for known, packed in sources.items():
             if known.copy is None:
                 self._keep_copy(known, packed)
                 self.counts["rereads"] += 1
-        for known in wanted:
-            if known.copy is not None:
-                self.copies.move_to_end(known.name)
+        self._touch_copies(wanted)
         return held
+
+    def touch(self, wanted: Sequence[Known]) -> None:
+        """Says that these, which are in device memory, are used."""
+        for known in wanted:
+            if known.name in self.idle:
+                self.idle.move_to_end(known.name)
+        self._touch_copies(wanted)
 
     def release(self, held: Sequence[Place]) -> None:
         for place in held:
@@ -167,11 +238,14 @@ class Residency:
 
     def _hold(self, known: Known) -> Place:
         place = place_of(known)
-        if place.holds == 0:
-            self.held.add(place)
-            self._set_idle(known, False)
+        self._set_idle(known, False)
         place.holds += 1
         return place
+
+    def _touch_copies(self, wanted: Sequence[Known]) -> None:
+        for known in wanted:
+            if known.copy is not None:
+                self.copies.move_to_end(known.name)
 
     def _set_idle(self, known: Known, idle: bool) -> None:
         if idle == (known.name in self.idle):
@@ -281,9 +355,10 @@ class Residency:
         assert start is not None
         return start
 
-    def _check_room(self, where: str, sizes: list[int]) -> None:
+    def _check_room(self, where: str, sizes: list[int], wanted: Sequence[Known]) -> None:
+        stay = [place_of(known).layout.nbytes for known in wanted if known.name in self.idle]
         slots, free = len(self.free_slots) + len(self.idle), self.runs.free + self.idle_bytes
-        if len(sizes) > slots or sum(sizes) > free:
+        if len(sizes) > slots - len(stay) or sum(sizes) > free - sum(stay):
             raise PoolFullError(self._no_room(where, sum(sizes), len(sizes)))
 
     def _no_room(self, where: str, nbytes: int, slots: int) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from peft_kernels.formats._pool_residency import (
     Place,
     PoolError,
     PoolFullError,
+    PoolStats,
     Residency,
     UnknownAdapterError,
     place_of,
@@ -44,49 +44,6 @@ __all__ = [
 
 BASE_NAME = "__base__"
 """The name of no adapter, as in Hugging Face PEFT: its id is -1."""
-
-
-@dataclass(frozen=True)
-class PoolStats:
-    """What an `AdapterPool` holds and what it has done.
-
-    Attributes:
-        adapters: names that it knows.
-        resident: adapters in device memory; `pinned` and `in_use` (held by `use` blocks) of them cannot be evicted.
-        host_copies: adapters with a copy on the host, and `host_bytes` that these take.
-        slots: rows of the table, `free_slots` of them without an adapter.
-        budget: bytes of device memory: `bytes_used` by adapters, `bytes_free` in all, `largest_run` in one piece.
-        hits: names that `ids` or `use` found in device memory; misses: that they had to bring back.
-        loads: adapters loaded, `replacements` of them under a name that was there.
-        evictions: adapters that left device memory, asked for or to make room.
-        compactions: times that adapters were moved together, `bytes_moved` in all.
-        prefetches: adapters that `prefetch` brought back.
-        rereads: folders read again because the host copy was gone.
-        dropped: host copies given up for the host's budget.
-    """
-
-    adapters: int
-    resident: int
-    pinned: int
-    in_use: int
-    host_copies: int
-    host_bytes: int
-    slots: int
-    free_slots: int
-    budget: int
-    bytes_used: int
-    bytes_free: int
-    largest_run: int
-    hits: int
-    misses: int
-    loads: int
-    replacements: int
-    evictions: int
-    compactions: int
-    bytes_moved: int
-    prefetches: int
-    rereads: int
-    dropped: int
 
 
 class PoolLayer(NamedTuple):
@@ -139,8 +96,8 @@ class AdapterPool:
         slots: the most adapters in device memory at a time.
         dtype: what adapters are held in; float32 is PEFT's default, also over a model of 16 bits.
         device: of the model's weights.
-        host_budget: bytes for copies on the host, the least recently used being dropped first; None for no limit. An
-            adapter given as tensors whose copy is dropped is unknown once it is evicted.
+        host_budget: bytes for copies on the host (beside a pool on a CPU too), the least recently used being dropped
+            first; None for no limit. An adapter given as tensors whose copy is dropped is unknown once it is evicted.
         max_rank: the largest rank that is accepted. Given, it is also the rank that kernels are launched for, so that a
             captured graph is right for every adapter that is loaded later; None is the largest rank loaded so far.
 
@@ -250,7 +207,8 @@ class AdapterPool:
         if isinstance(source, (str, os.PathLike)):
             if lora_alpha is not None or scaling is not None:
                 raise TypeError(f"{where}: scaling and lora_alpha go with tensors; a folder has its own")
-            folder, packed = source, self._read(source)
+            folder = os.path.abspath(source)
+            packed = self._read(folder)
         elif isinstance(source, Mapping):
             factors = _pool_files.from_tensors(where, source, scaling, lora_alpha, self.sizes, self.max_rank)
             packed = _pool_files.pack(where, factors, self.sizes, self.dtype, self._memory.on_gpu)
@@ -275,7 +233,7 @@ class AdapterPool:
             PoolFullError: they do not fit at once, beside what is pinned or in use.
             FileNotFoundError, ValueError: a folder that is read again is gone or wrong.
         """
-        held, ids = self._hold("ids", names)
+        held, ids = self._hold("ids", names, keep=False)
         self._release(held)
         return ids
 
@@ -385,22 +343,7 @@ class AdapterPool:
     def stats(self) -> PoolStats:
         """What is where, and what was done so far."""
         with self._lock:
-            state = self._state
-            return PoolStats(
-                adapters=len(state.known),
-                resident=len(state.at),
-                pinned=state.pinned,
-                in_use=len(state.held),
-                host_copies=len(state.copies),
-                host_bytes=state.host_bytes,
-                slots=state.slots,
-                free_slots=len(state.free_slots),
-                budget=state.runs.size,
-                bytes_used=state.runs.size - state.runs.free,
-                bytes_free=state.runs.free,
-                largest_run=state.runs.largest,
-                **{name: state.counts[name] for name in _COUNTED},
-            )
+            return self._state.stats()
 
     def __repr__(self) -> str:
         s = self.stats()
@@ -418,9 +361,9 @@ class AdapterPool:
             "is loaded, and load the adapters there"
         )
 
-    def _read(self, folder: str | os.PathLike) -> Packed:
+    def _read(self, folder: str) -> Packed:
         factors = _pool_files.from_folder(folder, self.sizes, self.max_rank)
-        return _pool_files.pack(os.fspath(folder), factors, self.sizes, self.dtype, self._memory.on_gpu)
+        return _pool_files.pack(folder, factors, self.sizes, self.dtype, self._memory.on_gpu)
 
     def _find(self, method: str, name: str) -> Known:
         known = self._state.known.get(name) if isinstance(name, str) else None
@@ -441,8 +384,11 @@ class AdapterPool:
             )
         return known
 
-    def _hold(self, method: str, names: Sequence[str], *, side: bool = False) -> tuple[list[Place], Tensor]:
-        """Brings what is missing into device memory and keeps all of it there until it is released."""
+    def _hold(
+        self, method: str, names: Sequence[str], *, side: bool = False, keep: bool = True
+    ) -> tuple[list[Place], Tensor]:
+        """Brings what is missing into device memory and keeps all of it there until it is released. Without `keep`
+        nothing need be kept where nothing was missing."""
         if isinstance(names, str):
             raise TypeError(f"AdapterPool.{method}: names is {short(names)}; expected a sequence of names")
         read: dict[Known, Packed] = {}
@@ -453,26 +399,31 @@ class AdapterPool:
                 sources = {k: k.copy or read.get(k) for k in wanted.values() if k.place is None}
                 unread = [known for known, packed in sources.items() if packed is None]
                 if not unread:
-                    return self._hold_found(method, names, wanted, sources, side)
+                    return self._hold_found(method, names, wanted, sources, side, keep)
             for known in unread:  # outside the lock: others compute meanwhile
                 assert known.folder is not None
                 read[known] = self._read(known.folder)
 
-    def _hold_found(self, method, names, wanted, sources, side) -> tuple[list[Place], Tensor]:
-        state = self._state
-        held = state.hold_all(f"AdapterPool.{method}", list(wanted.values()), sources, side)
+    def _hold_found(self, method, names, wanted, sources, side, keep) -> tuple[list[Place], Tensor]:
+        state, found = self._state, list(wanted.values())
+        held: list[Place] = []
+        if keep or sources:
+            held = state.hold_all(f"AdapterPool.{method}", found, sources, side)
+        else:
+            state.touch(found)
         if side:
             state.counts["prefetches"] += len(sources)
         else:
             state.counts["misses"] += len(sources)
             state.counts["hits"] += len(wanted) - len(sources)
-            self._memory.reading(unfinished(held))
+            self._memory.reading(unfinished([place_of(known) for known in found]))
         slots = [BASE if name == BASE_NAME else place_of(wanted[name]).slot for name in names]
         return held, self._memory.ids(slots)
 
     def _release(self, held: list[Place]) -> None:
-        with self._lock:
-            self._state.release(held)
+        if held:
+            with self._lock:
+                self._state.release(held)
 
 
 def _checked_sizes(layers: Any) -> dict[str, tuple[int, int]]:
@@ -524,9 +475,3 @@ def _only(where: str, what: str, found: set) -> Any:
         named = ", ".join(sorted(map(str, found)))
         raise ValueError(f"{where}: the weights have {what}s {named}; say {what}")
     return found.pop()
-
-
-_COUNTED = (
-    "hits", "misses", "loads", "replacements", "evictions", "compactions", "bytes_moved", "prefetches", "rereads",
-    "dropped",
-)  # fmt: skip
