@@ -167,12 +167,14 @@ def _factors(layer: Any, x: Tensor, names: Sequence[str]) -> list[tuple] | str:
     time."""
     children, ranks, scalings = layer._modules, layer.r, layer.scaling
     lora_As, lora_Bs = children["lora_A"]._modules, children["lora_B"]._modules
-    dropouts, found, kind = children["lora_dropout"]._modules, [], None
+    dropouts, kind, found = children["lora_dropout"]._modules, None, []
     for name in names:
         a, b, dropout, scaling = lora_As[name], lora_Bs[name], dropouts[name], scalings[name]
+        lora_A: Any = None
+        lora_B: Any = None
         if type(a) is not nn.Linear or type(b) is not nn.Linear or type(dropout) not in DROPOUTS:
             return _reason(layer, x, name)
-        in_a, in_b, lora_A, lora_B = a.__dict__, b.__dict__, None, None
+        in_a, in_b = a.__dict__, b.__dict__
         if not (
             in_a["_forward_hooks"] or in_a["_forward_pre_hooks"] or in_a["_backward_hooks"]
             or in_a["_backward_pre_hooks"] or "forward" in in_a or in_b["_forward_hooks"] or in_b["_forward_pre_hooks"]

@@ -7,6 +7,7 @@ from peft_kernels.nn.embedding import FusedLoRAEmbedding
 from peft_kernels.nn.experts import FusedLoRAExperts
 from peft_kernels.nn.group import FusedLoRAGroup, FusedLoRASwiGLU
 from peft_kernels.nn.lora import FusedLoRALinear
+from peft_kernels.nn.multi_lora import MultiLoRALinear, attach_pool, detach_pool
 from peft_kernels.nn.nf4 import NF4Linear
 from peft_kernels.nn.qlora import FusedQLoRALinear
 from peft_kernels.nn.qlora_experts import FusedQLoRAExperts
@@ -21,8 +22,11 @@ __all__ = [
     "FusedQLoRAExperts",
     "FusedQLoRALinear",
     "MergeError",
+    "MultiLoRALinear",
     "NF4Linear",
     "add_lora",
+    "attach_pool",
+    "detach_pool",
     "load_adapter",
     "merge_adapter",
     "quantize_linears",

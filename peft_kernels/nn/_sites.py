@@ -13,6 +13,7 @@ from peft_kernels.formats.peft_config import LoraSettings
 from peft_kernels.formats.strict_json import short
 from peft_kernels.nn._layers import is_hooked
 from peft_kernels.nn._merge import Mergeable
+from peft_kernels.nn._quantised import Quantised
 from peft_kernels.nn.embedding import FusedLoRAEmbedding, embedding_objection, is_embedding
 from peft_kernels.nn.lora import FusedLoRALinear
 from peft_kernels.nn.lora import is_linear as is_dense_linear
@@ -166,7 +167,7 @@ def _leave_fast_path(module: nn.Module) -> None:
     # In inference PyTorch's encoder layer hands linear1.weight and linear2.weight to one fused call that knows neither
     # updates nor 4 bits. A value of 0 here is its own way to say that the call does not apply.
     if isinstance(module, nn.TransformerEncoderLayer):
-        ours = (FusedLoRALinear, NF4Linear)
+        ours = (FusedLoRALinear, Quantised)
         if isinstance(module.linear1, ours) or isinstance(module.linear2, ours):
             module.activation_relu_or_gelu = 0
     elif isinstance(module, nn.TransformerEncoder):

@@ -156,9 +156,10 @@ class FusedLoRALinear(Mergeable):
                 is not floating-point.
             ValueError: as for the class.
         """
+        weight = dense_weight_of(cls.__name__, linear)
         layer = cls._beside(
-            linear, _weight_of(cls.__name__, linear), r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora,
-            lora_bias, train_bias, freeze_A,
+            linear, weight, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora, lora_bias, train_bias,
+            freeze_A,
         )  # fmt: skip
         linear.weight.requires_grad_(False)
         return layer
@@ -327,7 +328,12 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_conv1d(module)
 
 
-def _weight_of(name: str, linear: Any) -> nn.Parameter:
+def dense_weight_of(name: str, linear: Any) -> nn.Parameter:
+    """The weight [out, in] of a layer that `from_linear` takes, shared.
+
+    Raises:
+        TypeError: it is none.
+    """
     if not is_linear(linear):
         kind = type(linear)
         raise TypeError(
