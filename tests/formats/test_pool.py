@@ -134,11 +134,8 @@ class TestMemory:
         assert (r, scaling, a_stride, b_stride) == (3, adapter.scaling, 24, 8)
         assert a % 256 == b % 256 == 0
         lora_A, lora_B = adapter.factors["down"]
-        first = [(address - arena.data_ptr()) // 4 for address in (a, b)]
-        held_A, held_B = (
-            arena[first[0] : first[0] + 8 * 24].view(8, 24),
-            arena[first[1] : first[1] + 16 * 8].view(16, 8),
-        )
+        at_a, at_b = ((address - arena.data_ptr()) // 4 for address in (a, b))
+        held_A, held_B = arena[at_a : at_a + 8 * 24].view(8, 24), arena[at_b : at_b + 16 * 8].view(16, 8)
         assert torch.equal(held_A[:3], lora_A)
         assert torch.equal(held_B[:, :3], lora_B)
         assert not held_A[3:].any()
