@@ -63,7 +63,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
         # OpenMP is compiled in but not linked: peft_kernels/_native.py binds it to the runtime that torch has loaded,
         # since a second runtime would bring a second pool of threads.
         sources = ["cpu_bindings.cpp", "philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp"]
-        sources += ["dora_linear.cpp", "gated_activation.cpp"]
+        sources += ["dora_linear.cpp", "gated_activation.cpp", "multi_lora_linear.cpp", "cpu_bindings_multi_lora.cpp"]
         sources += ["cpu_bindings_nf4.cpp", "nf4_dequantize.cpp", "nf4_quantize.cpp", "nf4_linear.cpp"]
         return sources, {".cpp": [*compile_cxx, "-fopenmp"]}, [cxx, "-shared"]
     nvcc = find("NVCC", "nvcc")
@@ -74,7 +74,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
     # The runtime is linked in and its symbols hidden, so that the module loads beside any torch and without a driver.
     link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}", "-Xlinker=--exclude-libs,ALL", *gencode()]
     sources = ["cuda_bindings.cpp", "cuda_bindings_nf4.cpp", "philox_dropout.cu", "splitk_reduce.cu"]
-    sources += ["nf4_linear.cu", "lora_down.cu"]
+    sources += ["nf4_linear.cu", "lora_down.cu", "cuda_bindings_multi_lora.cpp", "multi_lora_linear.cu"]
     return sources, commands, link
 
 

@@ -13,14 +13,8 @@
 
 #include <cstdint>
 
-#include "host_device.h"
+#include "device_numeric.h"
 #include "nf4.h"
-#include "numeric.h"
-
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 
 namespace peft_kernels {
 
@@ -56,24 +50,6 @@ PEFT_KERNELS_HOST_DEVICE float add_rn(float a, float b) {
 #endif
 }
 
-template <class T>
-PEFT_KERNELS_HOST_DEVICE T least(T a, T b) {
-  return a < b ? a : b;
-}
-
-template <class T>
-PEFT_KERNELS_HOST_DEVICE T greatest(T a, T b) {
-  return a > b ? a : b;
-}
-
-PEFT_KERNELS_HOST_DEVICE float bits_to_float(uint32_t bits) {
-#if defined(__CUDA_ARCH__)
-  return __uint_as_float(bits);
-#else
-  return float_from_bits(bits);
-#endif
-}
-
 // The absmax of a block of double quantisation.
 PEFT_KERNELS_HOST_DEVICE float nested_absmax(float mapped, float group, float offset) {
   return add_rn(multiply_rn(mapped, group), offset);
@@ -93,21 +69,6 @@ PEFT_KERNELS_HOST_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t
     result |= static_cast<uint32_t>(bytes >> (8 * source) & 0xFF) << (8 * i);
   }
   return result;
-#endif
-}
-
-// Two weights rounded to `dtype` (kBFloat16 or kFloat16), the first in the low half.
-template <int dtype>
-PEFT_KERNELS_HOST_DEVICE uint32_t pack(float first, float second) {
-  static_assert(dtype == kBFloat16 || dtype == kFloat16, "16-bit weights");
-#if defined(__CUDA_ARCH__)
-  uint32_t bits;
-  if constexpr (dtype == kBFloat16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-  return bits;
-#else
-  const auto narrow = dtype == kBFloat16 ? bfloat16_from_float : float16_from_float;
-  return static_cast<uint32_t>(narrow(second)) << 16 | narrow(first);
 #endif
 }
 
