@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.formats.adapter_table import PoolAdapters
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels import _base
 from peft_kernels.kernels.composed._passes import sum_over_rows as product_over_rows
@@ -95,10 +96,17 @@ def _dropout(dropout_ps, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def _occupied(adapters) -> set[int]:
+    """The projections that some adapter has a part in."""
+    if isinstance(adapters, PoolAdapters):
+        return set(range(len(adapters.widths))) if adapters.count else set()
+    return set(adapters.outputs)
+
+
 def forward(x, weights, biases, adapters, ids, mix, dropout_ps, seeds, keep_s):
-    if not any(adapters.widths):
+    if not _occupied(adapters):
         ys = [_base.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-        return ys, [x.new_zeros(*ids.shape, 0) for _ in weights] if keep_s else []
+        return ys, [x.new_zeros(*ids.shape, width) for width in adapters.widths] if keep_s else []
     if not keep_s and seeds is None and ids.numel() <= MOST_DECODED:
         return _decode(x, weights, biases, adapters, ids, mix), []
     call = _Call(x, adapters, ids, mix, dropout_ps, seeds)
@@ -140,9 +148,10 @@ def backward(grad_ys, x, ss, weights, adapters, ids, mix, dropout_ps, seeds, nee
         [None] * len(adapters.lora_As),
         [None] * len(adapters.lora_Bs),
     )
-    call = _Call(given, adapters, ids, mix, dropout_ps, seeds) if any(adapters.widths) else None
+    occupied = _occupied(adapters)
+    call = _Call(given, adapters, ids, mix, dropout_ps, seeds) if occupied else None
     for j, grad_y in enumerate(grad_ys):
-        if call is None or not adapters.widths[j]:
+        if call is None or j not in occupied:
             if needs.x and grad_y is not None:
                 grads = grads._replace(x=_plus_base(grads.x, grad_y, weights[j]))
         elif grad_y is not None:
