@@ -36,6 +36,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "lora_swiglu_mlp": ("composed", "reference"),
     "lora_embedding": ("composed", "reference"),
     "lora_expert_linear": ("triton", "composed", "reference"),
+    "multi_lora_expert_linear": ("composed", "reference"),
     "multi_lora_linear": ("cuda", "triton", "cpu", "composed", "reference"),
     "nf4_linear": ("cuda", "triton", "cpu", "composed", "reference"),
     "nf4_lora_linear": ("cuda", "triton", "cpu", "composed", "reference"),

@@ -8,6 +8,7 @@ from peft_kernels.functional.lora_expert_linear import lora_expert_linear
 from peft_kernels.functional.lora_linear import lora_linear
 from peft_kernels.functional.lora_linear_group import lora_linear_group
 from peft_kernels.functional.lora_swiglu_mlp import lora_swiglu_mlp
+from peft_kernels.functional.multi_lora_expert_linear import multi_lora_expert_linear
 from peft_kernels.functional.multi_lora_linear import multi_lora_linear, multi_lora_linear_group
 from peft_kernels.functional.nf4_dequantize import nf4_dequantize
 from peft_kernels.functional.nf4_linear import nf4_linear
@@ -25,6 +26,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "lora_swiglu_mlp",
+    "multi_lora_expert_linear",
     "multi_lora_linear",
     "multi_lora_linear_group",
     "nf4_dequantize",

@@ -79,7 +79,7 @@ def lora_expert_linear(
     check_same_dtype(_OP, "lora_B", lora_B, lora_A.dtype, "lora_A")
     if bias is not None:
         check_bias(_OP, "bias", bias, "weight", weight)
-    _check_offsets(offsets, e)
+    check_offsets(_OP, offsets, e)
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("offsets", offsets)):
         check_device(_OP, name, tensor, x.device)
     check_finite(_OP, "scaling", scaling)
@@ -89,8 +89,8 @@ def lora_expert_linear(
     return ops.lora_expert_linear.lora_expert_linear(x, weight, bias, lora_A, lora_B, offsets, scaling * 1.0, p, seed)
 
 
-def _check_offsets(offsets: Tensor, experts: int) -> None:
-    check_tensor(_OP, "offsets", offsets)
+def check_offsets(op: str, offsets: Tensor, experts: int) -> None:
+    check_tensor(op, "offsets", offsets)
     if offsets.dtype != torch.int32:
-        raise TypeError(f"{_OP}: offsets has dtype {offsets.dtype}; expected torch.int32")
-    check_shape(_OP, "offsets", offsets, (experts,), f"weight has {experts} experts")
+        raise TypeError(f"{op}: offsets has dtype {offsets.dtype}; expected torch.int32")
+    check_shape(op, "offsets", offsets, (experts,), f"weight has {experts} experts")

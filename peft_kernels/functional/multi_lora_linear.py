@@ -153,17 +153,17 @@ def _call(
     if signature is None or signature not in _verified:
         check_input(op, x)
         _check_layers(op, x, weights, biases)
-        _check_adapters(op, x, weights, adapters)
-        _refuse_dtensors(op, x, *weights, *adapters.lora_As, *adapters.lora_Bs)
+        check_adapters(op, x, weights, adapters)
+        refuse_dtensors(op, x, *weights, *adapters.lora_As, *adapters.lora_Bs)
         _remember(signature)
     ids, mix = adapter_choice(op, x, adapter_ids, adapter_weights, adapters.count)
-    dropout_ps, seeds = _dropout(op, dropout_p, training, seed, adapters.count, len(weights), x.device)
+    dropout_ps, seeds = dropout_of(op, dropout_p, training, seed, adapters.count, len(weights), x.device)
     return ops.multi_lora_linear.multi_lora_linear(
         x, list(weights), biases, adapters, ids, mix, dropout_ps, seeds
     )  # fmt: skip
 
 
-def _refuse_dtensors(op: str, *tensors: Any) -> None:
+def refuse_dtensors(op: str, *tensors: Any) -> None:
     """A table of addresses knows nothing of shards."""
     special = [tensor for tensor in tensors if tensor is not None and type(tensor) not in PLAIN]
     if special and not torch.compiler.is_compiling() and is_dtensor(*special):
@@ -237,8 +237,8 @@ def _append(op, flat: AdapterLists, j: int, layer_As, layer_Bs, scalings, weight
         flat.outputs.append(j)
         flat.adapters.append(adapter)
         flat.scalings.append(scaling * 1.0)
-        if a.ndim == 2 and a.shape[0] > flat.widths[j]:
-            flat.widths[j] = a.shape[0]
+        if a.ndim >= 2 and a.shape[-2] > flat.widths[j]:
+            flat.widths[j] = a.shape[-2]
 
 
 def _pool_adapters(op, weights, layers, lora_Bs, scalings) -> PoolAdapters:
@@ -289,7 +289,13 @@ def _check_layers(op: str, x: Tensor, weights, biases) -> None:
             check_bias(op, "bias" if len(weights) == 1 else f"biases[{j}]", bias, name, weight)
 
 
-def _check_adapters(op: str, x: Tensor, weights, adapters: Adapters) -> None:
+def check_adapters(op: str, x: Tensor, weights, adapters: Adapters) -> None:
+    """Checks the factors against weights [out, in], or stacks of factors against stacks of weights [experts, out, in].
+
+    Raises:
+        ValueError: a shape, rank or device does not fit.
+        TypeError: no floating-point tensor, or two dtypes.
+    """
     k = x.shape[-1]
     if isinstance(adapters, PoolAdapters):
         for weight, size in zip(weights, adapters.sizes, strict=True):
@@ -302,12 +308,14 @@ def _check_adapters(op: str, x: Tensor, weights, adapters: Adapters) -> None:
         return
     for a, b, j, adapter in zip(adapters.lora_As, adapters.lora_Bs, adapters.outputs, adapters.adapters, strict=True):
         name_a, name_b = (f"{_layer(f'lora_{m}s', j, weights)}[{adapter}]" for m in "AB")
-        n = weights[j].shape[0]
+        *experts, n, _ = weights[j].shape
+        each = "".join(f"weight has {e} experts and " for e in experts)
         check_floating(op, name_a, a)
-        check_shape(op, name_a, a, ("r", k), f"x has {k} features")
-        check_rank(op, "r", a.shape[0])
+        check_shape(op, name_a, a, (*experts, "r", k), f"{each}x has {k} features")
+        r = a.shape[-2]
+        check_rank(op, "r", r)
         check_floating(op, name_b, b)
-        check_shape(op, name_b, b, (n, a.shape[0]), f"weight has {n} output features and {name_a} rank {a.shape[0]}")
+        check_shape(op, name_b, b, (*experts, n, r), f"{each}weight has {n} output features and {name_a} rank {r}")
         check_same_dtype(op, name_a, a, adapters.lora_As[0].dtype, "the first adapter")
         check_same_dtype(op, name_b, b, a.dtype, name_a)
         check_device(op, name_a, a, x.device)
@@ -327,7 +335,7 @@ def adapter_choice(
     if adapter_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: adapter_ids has dtype {adapter_ids.dtype}; expected torch.int32 or torch.int64")
     check_device(op, "adapter_ids", adapter_ids, x.device)
-    _refuse_dtensors(op, adapter_ids, adapter_weights)
+    refuse_dtensors(op, adapter_ids, adapter_weights)
     batch = x.shape[:-1]
     several = adapter_weights is not None
     if adapter_weights is not None:
@@ -380,7 +388,7 @@ def _check_range(op: str, adapter_ids: Tensor, count: int) -> None:
         raise ValueError(f"{op}: adapter_ids holds {wrong}; expected ids in [-1, {count}), -1 for no adapter")
 
 
-def _dropout(
+def dropout_of(
     op: str, dropout_p, training: bool, seed, count: int, projections: int, device: torch.device
 ) -> tuple[list[float], Tensor | None]:
     """(probability of each adapter, seed of each projection); empty and None where nothing is dropped."""

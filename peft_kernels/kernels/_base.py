@@ -1,6 +1,9 @@
-"""The frozen weight under an adapter: a dense matrix, or one of 4 bits. What implementations do with either."""
+"""The frozen weight under an adapter: a dense matrix, one of 4 bits, or a stack of either, each of whose matrices has
+rows of its own. What implementations do with each."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +13,57 @@ from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.ops import nf4_linear
 
 
-def linear(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
+class ExpertStack(NamedTuple):
+    """A stack [E, N, K], of which each expert is the weight of its own rows of x. `segments`: (expert, its rows), in
+    order, of those that have any; rows of nobody give 0. Its bias is [E, N]."""
+
+    stack: Tensor | NF4Weight
+    segments: list[tuple[int, slice]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stack.shape[-2], self.stack.shape[-1]
+
+    def parts(self):
+        return ((e, expert(self.stack, e), rows) for e, rows in self.segments)
+
+
+Weight = Tensor | NF4Weight | ExpertStack
+
+
+def expert_segments(op: str, offsets: Tensor, rows: int) -> list[tuple[int, slice]]:
+    """(expert, its rows) for experts that have any, which the host reads.
+
+    Raises:
+        ValueError: offsets that do not ascend from 0 to `rows`.
+    """
+    start, found = 0, []
+    for e, end in enumerate(offsets.tolist()):
+        if not start <= end <= rows:
+            raise ValueError(f"{op}: offsets[{e}] is {end}; expected one in [{start}, {rows}]")
+        if end > start:
+            found.append((e, slice(start, end)))
+        start = end
+    return found
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, a new tensor [M, N]."""
+    if isinstance(weight, ExpertStack):
+        y = x.new_zeros(x.shape[0], weight.shape[0])
+        linear_into(y, x, weight, bias)
+        return y
     if isinstance(weight, NF4Weight):
         return torch.ops.peft_kernels.nf4_linear(x, weight.tensors, weight.layout, bias)
     return F.linear(x, weight, bias)
 
 
-def linear_into(y: Tensor, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
-    """y = x Wᵀ + b."""
-    if isinstance(weight, NF4Weight):
+def linear_into(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> None:
+    """y = x Wᵀ + b. (Of a stack, rows of nobody stay as they are.)"""
+    if isinstance(weight, ExpertStack):
+        for e, matrix, rows in weight.parts():
+            linear_into(y[rows], x[rows], matrix, None if bias is None else bias[e])
+    elif isinstance(weight, NF4Weight):
         y.copy_(linear(x, weight, bias))
     elif bias is None:
         torch.mm(x, weight.t(), out=y)
@@ -27,23 +71,34 @@ def linear_into(y: Tensor, x: Tensor, weight: Tensor | NF4Weight, bias: Tensor |
         torch.addmm(bias, x, weight.t(), out=y)
 
 
-def grad_input(grad_y: Tensor, weight: Tensor | NF4Weight) -> Tensor:
+def grad_input(grad_y: Tensor, weight: Weight) -> Tensor:
     """dY W, a new tensor [M, K]."""
+    if isinstance(weight, ExpertStack):
+        grad_x = grad_y.new_zeros(grad_y.shape[0], weight.shape[1])
+        grad_input_into(grad_x, grad_y, weight)
+        return grad_x
     if isinstance(weight, NF4Weight):
         return torch.ops.peft_kernels.nf4_linear_backward(grad_y, weight.tensors, weight.layout)
     return torch.mm(grad_y, weight)
 
 
-def grad_input_into(grad_x: Tensor, grad_y: Tensor, weight: Tensor | NF4Weight) -> None:
-    """dx = dY W."""
-    if isinstance(weight, NF4Weight):
+def grad_input_into(grad_x: Tensor, grad_y: Tensor, weight: Weight) -> None:
+    """dx = dY W. (Of a stack, rows of nobody stay as they are.)"""
+    if isinstance(weight, ExpertStack):
+        for _, matrix, rows in weight.parts():
+            grad_input_into(grad_x[rows], grad_y[rows], matrix)
+    elif isinstance(weight, NF4Weight):
         grad_x.copy_(grad_input(grad_y, weight))
     else:
         torch.mm(grad_y, weight, out=grad_x)
 
 
-def add_grad_input(grad_x: Tensor, grad_y: Tensor, weight: Tensor | NF4Weight) -> None:
+def add_grad_input(grad_x: Tensor, grad_y: Tensor, weight: Weight) -> None:
     """dx += dY W."""
+    if isinstance(weight, ExpertStack):
+        for _, matrix, rows in weight.parts():
+            add_grad_input(grad_x[rows], grad_y[rows], matrix)
+        return
     if not isinstance(weight, NF4Weight):
         grad_x.addmm_(grad_y, weight)
         return

@@ -15,6 +15,7 @@ from tests.problems import (
     GroupProblem,
     LoraProblem,
     MlpProblem,
+    MultiExpertProblem,
     MultiLoraProblem,
     Nf4LoraProblem,
     Nf4Problem,
@@ -27,7 +28,7 @@ DTYPES = ((F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F16, F32))
 
 NEW = (
     "lora_linear_group", "dora_linear", "gated_activation", "lora_swiglu_mlp", "lora_embedding", "lora_expert_linear",
-    "multi_lora_linear", "nf4_linear", "nf4_lora_linear",
+    "multi_lora_linear", "multi_lora_expert_linear", "nf4_linear", "nf4_lora_linear",
 )  # fmt: skip
 # Ops of an x with dropout.
 LINEAR = (
@@ -36,6 +37,7 @@ LINEAR = (
     "lora_swiglu_mlp",
     "lora_expert_linear",
     "multi_lora_linear",
+    "multi_lora_expert_linear",
     "nf4_lora_linear",
 )
 RANKLESS = ("gated_activation", "nf4_linear")
@@ -68,6 +70,12 @@ def _multi(m, k, n, r, **options) -> Problem:
     return MultiLoraProblem(m, k, n, (r, max(1, r // 2), None, r // 3 + 1, r), **options)
 
 
+def _multi_experts(m, k, n, r, **options) -> Problem:
+    """The experts and the adapters of both; the last row belongs to no expert."""
+    ranks = (r, max(1, r // 2), None, r // 3 + 1, r)
+    return MultiExpertProblem((m // 3, 0, m - m // 3 - 1), k, n, ranks, orphans=1, **options)
+
+
 BUILDERS: dict[str, Callable[..., Problem]] = {
     "lora_linear": lambda m, k, n, r, **options: LoraProblem(m, k, n, r, lora_bias=True, **options),
     "lora_linear_group": _group,
@@ -77,6 +85,7 @@ BUILDERS: dict[str, Callable[..., Problem]] = {
     "lora_embedding": lambda m, k, n, r, **options: EmbeddingProblem(m, k, n, r, **options),
     "lora_expert_linear": _experts,
     "multi_lora_linear": _multi,
+    "multi_lora_expert_linear": _multi_experts,
     "nf4_linear": lambda m, k, n, r, **options: Nf4Problem(m, k, n, **options),
     "nf4_lora_linear": lambda m, k, n, r, **options: Nf4LoraProblem(m, k, n, r, **options),
 }
@@ -84,6 +93,7 @@ FIELDS = {
     "lora_linear": LoraProblem, "lora_linear_group": GroupProblem, "dora_linear": DoraProblem,
     "gated_activation": GatedProblem, "lora_swiglu_mlp": MlpProblem, "lora_embedding": EmbeddingProblem,
     "lora_expert_linear": ExpertProblem, "multi_lora_linear": MultiLoraProblem,
+    "multi_lora_expert_linear": MultiExpertProblem,
     "nf4_linear": Nf4Problem, "nf4_lora_linear": Nf4LoraProblem,
 }  # fmt: skip
 

@@ -49,6 +49,7 @@ KEPT = {
     "lora_embedding": (0, 0, 8 * M),  # the indices
     "lora_expert_linear": (M * K + M * R, SEED, 4 * 3),  # the offsets
     "multi_lora_linear": (M * K + M * R, SEED, 8 * M),  # the ids
+    "multi_lora_expert_linear": (M * K + M * R, SEED, 8 * M + 4 * 3),
     "nf4_linear": (0, 0, 0),
     "nf4_lora_linear": (M * K + M * R, SEED, 0),
 }

@@ -41,6 +41,11 @@ def transparent(op: str, x: torch.Tensor, p=P, seed=SEED, **options) -> list[tor
     if op == "multi_lora_linear":
         ids = torch.arange(x.shape[0], device=x.device) % 3
         return [functional.multi_lora_linear(x, zero, [eye] * 3, [eye] * 3, ids, scalings=1.0, **options)]
+    if op == "multi_lora_expert_linear":
+        ids = torch.arange(x.shape[0], device=x.device) % 3
+        offsets = torch.tensor([x.shape[0] // 3, x.shape[0]], dtype=torch.int32, device=x.device)
+        base, a, b = (t.expand(2, k, k) for t in (zero, eye, eye))
+        return [functional.multi_lora_expert_linear(x, base, [a] * 3, [b] * 3, offsets, ids, scalings=1.0, **options)]
     if op == "nf4_lora_linear":
         return [functional.nf4_lora_linear(x, functional.nf4_quantize(zero, 64, False), eye, eye, **options)]
     raise KeyError(op)
@@ -145,7 +150,7 @@ def test_seeds(backend):
     assert torch.equal(run(None), first)
     assert not torch.equal(first, second)
     state = torch.get_rng_state()
-    several = backend.op != "multi_lora_linear"  # whose mask is that of the layer, whichever adapters run
+    several = not backend.op.startswith("multi_")  # whose mask is that of the layer, whichever adapters run
     adapters = sum(name.startswith("lora_A") for name in problem.tensors) if several else 1
     assert torch.equal(run(-5), run(torch.arange(-5, -5 + adapters, device=backend.device)))
     assert not torch.equal(run(-5), run(-6))

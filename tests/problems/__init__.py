@@ -9,6 +9,7 @@ from tests.problems.group import GroupProblem
 from tests.problems.lora import LoraProblem
 from tests.problems.mlp import MlpProblem
 from tests.problems.multi import MultiLoraProblem
+from tests.problems.multi_experts import MultiExpertProblem
 from tests.problems.nf4 import Nf4LoraProblem, Nf4Problem
 
 # What every implementation takes, unless the device itself is the obstacle.
@@ -21,6 +22,7 @@ PLAIN = {
     "lora_embedding": lambda device: EmbeddingProblem(32, 64, 64, 16, device=device),
     "lora_expert_linear": lambda device: ExpertProblem((16, 16), 64, 64, 16, device=device),
     "multi_lora_linear": lambda device: MultiLoraProblem(32, 64, 64, (16, 16), device=device),
+    "multi_lora_expert_linear": lambda device: MultiExpertProblem((16, 16), 64, 64, (16, 16), device=device),
     "nf4_linear": lambda device: Nf4Problem(16, 64, 64, bias=False, device=device),
     "nf4_lora_linear": lambda device: Nf4LoraProblem(16, 64, 64, 16, bias=False, device=device),
 }
@@ -34,6 +36,7 @@ __all__ = [
     "GroupProblem",
     "LoraProblem",
     "MlpProblem",
+    "MultiExpertProblem",
     "MultiLoraProblem",
     "Nf4LoraProblem",
     "Nf4Problem",

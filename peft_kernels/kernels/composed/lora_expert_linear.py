@@ -6,10 +6,7 @@ nothing; it cannot be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
 
 from peft_kernels.kernels import _base
 from peft_kernels.kernels.composed._passes import add_dropped, cast, down, sum_over_rows, sum_rows
@@ -19,21 +16,10 @@ def unsupported(problem) -> str | None:
     return None
 
 
-def _segments(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for experts that have any."""
-    start = 0
-    for e, end in enumerate(offsets.tolist()):
-        if not start <= end <= rows:
-            raise ValueError(f"lora_expert_linear: offsets[{e}] is {end}; expected one in [{start}, {rows}]")
-        if end > start:
-            yield e, slice(start, end)
-        start = end
-
-
 def forward(x, weight, bias, lora_A, lora_B, offsets, scaling, dropout_p, seed):
     a, b = cast(lora_A, x.dtype), cast(lora_B, x.dtype)
     y, s = x.new_zeros(x.shape[0], weight.shape[1]), x.new_zeros(x.shape[0], a.shape[1])
-    for e, rows in _segments(offsets, x.shape[0]):
+    for e, rows in _base.expert_segments("lora_expert_linear", offsets, x.shape[0]):
         y_e = y[rows]
         _base.linear_into(y_e, x[rows], _base.expert(weight, e), None if bias is None else bias[e])
         down(x[rows], a[e], dropout_p, seed, s[rows], first_row=rows.start)
@@ -50,7 +36,7 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, offsets, scaling, dropout_p, 
     )
     wide = torch.promote_types(torch.float32, grad_y.dtype)
     grad_bias = grad_y.new_zeros(weight.shape[:2], dtype=wide) if need_bias else None
-    for e, rows in _segments(offsets, grad_y.shape[0]):
+    for e, rows in _base.expert_segments("lora_expert_linear", offsets, grad_y.shape[0]):
         grad_y_e = grad_y[rows]
         grad_s = torch.mm(grad_y_e, b[e]) if need_x or need_a else None  # not yet scaled
         if grad_x is not None:

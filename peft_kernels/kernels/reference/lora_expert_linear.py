@@ -15,7 +15,7 @@ def unsupported(problem) -> str | None:
     return None
 
 
-def _owned(offsets: torch.Tensor, rows: int):
+def owned(offsets: torch.Tensor, rows: int):
     """For each expert, which rows are its own [M, 1]."""
     row = torch.arange(rows, device=offsets.device).unsqueeze(1)
     starts = torch.cat([offsets.new_zeros(1), offsets[:-1]])
@@ -25,7 +25,7 @@ def _owned(offsets: torch.Tensor, rows: int):
 def forward(x, weight, bias, lora_A, lora_B, offsets, scaling, dropout_p, seed):
     weight = nf4_dequantize.dense(weight)
     y, s = x.new_zeros(x.shape[0], weight.shape[1]), x.new_zeros(x.shape[0], lora_A.shape[1])
-    for e, own in enumerate(_owned(offsets, x.shape[0])):
+    for e, own in enumerate(owned(offsets, x.shape[0])):
         b = None if bias is None else bias[e]
         y_e, s_e = lora_linear.forward(x, weight[e], b, lora_A[e], lora_B[e], scaling, dropout_p, seed)
         y, s = torch.where(own, y_e, y), torch.where(own, s_e, s)
@@ -36,10 +36,10 @@ def backward(grad_y, x, s, weight, lora_A, lora_B, offsets, scaling, dropout_p, 
     """Gradients (dx, dW, dbias, dA, dB); None where `needs` says that nobody asked."""
     weight, each = nf4_dequantize.dense(weight), []
     grad_x = grad_y.new_zeros(grad_y.shape[0], weight.shape[2]) if needs[0] else None
-    for e, own in enumerate(_owned(offsets, grad_y.shape[0])):
-        owned = [t if t is None else t.masked_fill(~own, 0.0) for t in (grad_y, x, s)]
+    for e, own in enumerate(owned(offsets, grad_y.shape[0])):
+        masked = [t if t is None else t.masked_fill(~own, 0.0) for t in (grad_y, x, s)]
         grad_x_e, *others = lora_linear.backward(
-            *owned, weight[e], lora_A[e], lora_B[e], scaling, dropout_p, seed, needs
+            *masked, weight[e], lora_A[e], lora_B[e], scaling, dropout_p, seed, needs
         )
         if needs[0]:
             grad_x = torch.where(own, grad_x_e, grad_x)
