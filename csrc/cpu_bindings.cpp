@@ -15,7 +15,8 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-void bind_nf4(py::module_& m);  // cpu_bindings_nf4.cpp
+void bind_nf4(py::module_& m);         // cpu_bindings_nf4.cpp
+void bind_multi_lora(py::module_& m);  // cpu_bindings_multi_lora.cpp
 
 namespace peft_kernels {
 
@@ -205,4 +206,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lora_small_forward", &small_forward);
   m.def("lora_small_backward", &small_backward);
   bind_nf4(m);
+  bind_multi_lora(m);
 }

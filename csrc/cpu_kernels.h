@@ -59,6 +59,41 @@ void lora_group_forward(const Group& group, int threads);
 // each of dY, x and grad_x. A gradient whose data is null is not computed, nor is its input read.
 void lora_group_backward(const Group& group, Matrix grad_x, int threads);
 
+// The low-rank half of multi_lora_linear: every one of M rows of x [M, K] chooses `choices` adapters by `ids`
+// [M, choices], none where an id is outside [0, adapters), each with a weight in `mix` (null: 1). `table` [adapters,
+// layers, 4 words] says where their factors are: formats/adapter_table.py.
+struct MultiBatch {
+  int64_t m, k, choices;
+  Matrix x;
+  const int64_t* ids;
+  const float* mix;
+  const int64_t* table;
+  int64_t adapters, layers;
+  int adapter_dtype;
+  std::vector<Dropout> dropouts;  // of each adapter, without seeds; empty where nothing is dropped
+};
+
+// The layer of the table; y [M, N] in forward, dY in backward; s [M, choices, width] (null: not kept); the mask's seed.
+struct MultiProjection {
+  int64_t layer, n, width;
+  Matrix y;
+  void* s;
+  const int64_t* seed;
+};
+
+// Gradients of an adapter in a projection, contiguous, null where not wanted.
+struct MultiGradient {
+  int64_t projection, adapter;
+  void *grad_A, *grad_B;
+};
+
+// y_j[m] += sum of mix scaling s_j[m, i] Bᵀ over the row's choices, s_j[m, i] = drop_j(x)[m] Aᵀ.
+void multi_lora_forward(const MultiBatch& batch, const std::vector<MultiProjection>& projections, int threads);
+
+// grad_x [M, K] += ..., grad_mix [M, choices] += ..., and the gradients of adapters, zeros where no row chose one.
+void multi_lora_backward(const MultiBatch& batch, const std::vector<MultiProjection>& projections, Matrix grad_x,
+                         float* grad_mix, const std::vector<MultiGradient>& grads, int threads);
+
 // A whole lora_linear: y = x Wᵀ + bias + scaling s Bᵀ with s = drop(x) Aᵀ, on one thread.
 struct LoraSizes {
   int64_t m, n, k, r;

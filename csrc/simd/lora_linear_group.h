@@ -1,6 +1,7 @@
 // The low-rank half of lora_linear_group on one block of rows; included by each.h once per vector width.
 
 #include "tile.h"
+#include "adapter_gradients.h"
 
 inline void clear_ranks(float* s, int64_t stride) { std::memset(s, 0, kTileRows * stride * sizeof(float)); }
 
@@ -33,10 +34,6 @@ inline void scale_ranks(const GroupJob& job, int rows, float* s) {
     for (const Slot& slot : job.slots)
       for (int64_t j = 0; j < padded_ranks(slot.r); ++j)
         s[m * job.ranks + slot.first + j] *= static_cast<float>(slot.scaling);
-}
-
-inline int tile_columns(int64_t column, int64_t length) {
-  return static_cast<int>(std::min<int64_t>(kTileColumns, length - column));
 }
 
 // The masks of the tile of x at (row, column), or null without dropout. Tiles are visited from left to right.
@@ -133,36 +130,4 @@ inline void backward_block(const GroupJob& job, int64_t row, int rows, bool firs
                            const Scratch& scratch) {
   backward_up(job, row, rows, first, sums, scratch);
   if (job.need_s) backward_down(job, row, rows, first, sums, scratch);
-}
-
-// ---- gradients of the adapters ---------------------------------------------------------------------------------
-
-// Adds the parts of a tile of columns of one adapter's sums in order: [padded ranks, kTileColumns].
-inline void total_of_parts(const float* sums, int64_t size, int64_t parts, int64_t ranks, float* total) {
-  for (int64_t i = 0; i < ranks * kTileColumns; i += kFloats) {
-    Floats sum = load<Floats>(sums + i);
-    for (int64_t part = 1; part < parts; ++part) sum += load<Floats>(sums + part * size + i);
-    store(total + i, sum);
-  }
-}
-
-// `ranks` rows of dA from rank `first` on.
-inline void store_by_rank(const float* total, int64_t ranks, const Matrix& grad, int64_t first, int64_t column,
-                          int columns) {
-  with_type(grad.dtype, [&](auto type) {
-    for (int64_t j = 0; j < ranks; ++j)
-      store_row<decltype(type)>(total + j * kTileColumns, columns, 1.0f, const_cast<char*>(at(grad, first + j, column)));
-  });
-}
-
-// `ranks` columns of dB from rank `first` on.
-inline void store_by_row(const float* total, int64_t ranks, const Matrix& grad, int64_t first, int64_t column,
-                         int columns, float scale) {
-  alignas(64) float row[kTileRows];
-  with_type(grad.dtype, [&](auto type) {
-    for (int c = 0; c < columns; ++c) {
-      for (int64_t j = 0; j < ranks; ++j) row[j] = total[j * kTileColumns + c];
-      store_row<decltype(type)>(row, ranks, scale, const_cast<char*>(at(grad, column + c, first)));
-    }
-  });
 }

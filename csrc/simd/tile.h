@@ -23,6 +23,10 @@ inline const char* at(const Matrix& matrix, int64_t row, int64_t column) {
   return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * element_size(matrix.dtype);
 }
 
+inline int tile_columns(int64_t column, int64_t length) {
+  return static_cast<int>(std::min<int64_t>(kTileColumns, length - column));
+}
+
 // ---- rows as floats --------------------------------------------------------------------------------------------
 
 // Times `scale` and masked where there are masks; zero up to a multiple of `width`.

@@ -100,26 +100,38 @@ def forward(x, weights, biases, adapters, ids, mix, dropout_ps, seeds, keep_s):
 
 def backward(grad_ys, x, ss, weights, adapters, ids, mix, dropout_ps, seeds, needs):
     given = next(grad for grad in grad_ys if grad is not None)
-    found = segments(ids)
     wide = torch.promote_types(torch.float32, given.dtype)
+    grad_x, grad_weights, grad_biases = base_gradients(grad_ys, x, weights, needs)
     grad_mix = given.new_zeros(ids.shape, dtype=wide) if needs.adapter_weights else None
     grad_As = [torch.zeros_like(a) if need else None for a, need in zip(adapters.lora_As, needs.lora_As, strict=False)]
     grad_Bs = [torch.zeros_like(b) if need else None for b, need in zip(adapters.lora_Bs, needs.lora_Bs, strict=False)]
+    if _reads_grad_s(needs) or any(needs.lora_Bs):
+        found = segments(ids)
+        for j, grad_y in enumerate(grad_ys):
+            if grad_y is None:
+                continue
+            parts = _grad_s(j, grad_y, ss, adapters, found, mix, grad_mix) if _reads_grad_s(needs) else []
+            if grad_x is not None:
+                _add_to_grad_x(j, grad_x, parts, dropout_ps, seeds)
+            if any(needs.lora_As):
+                _grad_As(j, grad_As, x, parts, adapters, dropout_ps, seeds)
+            if any(needs.lora_Bs):
+                _grad_Bs(j, grad_Bs, grad_y, ss[j], adapters, found, mix)
+    return grad_x, grad_mix, grad_weights, grad_biases, grad_As, grad_Bs
+
+
+def base_gradients(grad_ys, x, weights, needs) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """The base layers' part of dx, and the dW and db."""
+    given = next(grad for grad in grad_ys if grad is not None)
+    wide = torch.promote_types(torch.float32, given.dtype)
     grad_x = None
-    for j, grad_y in enumerate(grad_ys):
-        if grad_y is None:
+    for grad_y, weight in zip(grad_ys, weights, strict=True):
+        if grad_y is None or not needs.x:
             continue
-        if needs.x and grad_x is None:
-            grad_x = _base.grad_input(grad_y, weights[j])
-        elif needs.x:
-            _base.add_grad_input(grad_x, grad_y, weights[j])
-        parts = _grad_s(j, grad_y, ss, adapters, found, mix, grad_mix) if _reads_grad_s(needs) else []
-        if grad_x is not None:
-            _add_to_grad_x(j, grad_x, parts, dropout_ps, seeds)
-        if any(needs.lora_As):
-            _grad_As(j, grad_As, x, parts, adapters, dropout_ps, seeds)
-        if any(needs.lora_Bs):
-            _grad_Bs(j, grad_Bs, grad_y, ss[j], adapters, found, mix)
+        if grad_x is None:
+            grad_x = _base.grad_input(grad_y, weight)
+        else:
+            _base.add_grad_input(grad_x, grad_y, weight)
     grad_weights = [
         None if not need else torch.zeros_like(w) if g is None else sum_over_rows(g, x, w)
         for g, w, need in zip(grad_ys, weights, needs.weights, strict=True)
@@ -128,7 +140,7 @@ def backward(grad_ys, x, ss, weights, adapters, ids, mix, dropout_ps, seeds, nee
         None if not need else given.new_zeros(w.shape[0], dtype=wide) if g is None else sum_rows(g)
         for g, w, need in zip(grad_ys, weights, needs.biases, strict=True)
     ]
-    return grad_x, grad_mix, grad_weights, grad_biases, grad_As, grad_Bs
+    return grad_x, grad_weights, grad_biases
 
 
 def _reads_grad_s(needs) -> bool:
