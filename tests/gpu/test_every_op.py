@@ -17,6 +17,7 @@ from tests.problems import (
     GatedProblem,
     GroupProblem,
     MlpProblem,
+    MultiLoraProblem,
     Nf4LoraProblem,
     Nf4Problem,
 )
@@ -34,10 +35,12 @@ MAKE = {
     "lora_swiglu_mlp": lambda p, **o: MlpProblem(1000, 1032, 2056, ((16,), (16,), (8,)), dropout_p=p, **o),
     "lora_embedding": lambda p, **o: EmbeddingProblem(2000, 5003, 1032, 16, **o),
     "lora_expert_linear": lambda p, **o: ExpertProblem((300, 0, 517, 183), 1032, 2056, 16, dropout_p=p, **o),
+    "multi_lora_linear": lambda p, **o: MultiLoraProblem(1000, 1032, 2056, (16, 8, None, 64, 96), dropout_p=p, **o),
     "nf4_linear": lambda p, **o: Nf4Problem(1000, 1032, 2056, **_without_adapters(o)),
     "nf4_lora_linear": lambda p, **o: Nf4LoraProblem(1000, 1032, 2056, 16, dropout_p=p, **o),
 }  # fmt: skip
 WITHOUT_DROPOUT = ("gated_activation", "lora_embedding", "nf4_linear")
+READ_BY_THE_HOST = {"lora_expert_linear": "the offsets", "multi_lora_linear": "the ids"}  # in composed
 # (op, backend) pairs; which backends there are is known on the GPU only.
 PAIRS = [pytest.param(op, *p.values, id=f"{op}-{p.id}", marks=p.marks) for op in MAKE for p in on_gpu(op)]
 EVERY = pytest.mark.parametrize(("op", "backend"), PAIRS, indirect=["backend"])
@@ -83,8 +86,8 @@ def test_same_bits_every_time(op, backend):
 
 @EVERY
 def test_never_waits_for_the_gpu(op, backend, no_host_sync):
-    if (op, backend.name) == ("lora_expert_linear", "composed"):
-        pytest.skip("composed lets the host read the offsets, as its docstring says")
+    if op in READ_BY_THE_HOST and backend.name == "composed":
+        pytest.skip(f"composed lets the host read {READ_BY_THE_HOST[op]}, as its docstring says")
     problem = make(op, backend, dtype=BF16, adapter_dtype=F32)
     problem.run()  # compiling and loading kernels may wait
     torch.cuda.synchronize()
@@ -95,8 +98,8 @@ def test_never_waits_for_the_gpu(op, backend, no_host_sync):
 @EVERY
 def test_graph_reads_what_is_there_at_replay(op, backend):
     """F18, F21: every kernel of the step is in the graph; new values in the captured tensors give their results."""
-    if (op, backend.name) == ("lora_expert_linear", "composed"):
-        pytest.skip("composed lets the host read the offsets, which a capture forbids")
+    if op in READ_BY_THE_HOST and backend.name == "composed":
+        pytest.skip(f"composed lets the host read {READ_BY_THE_HOST[op]}, which a capture forbids")
     problem, other = make(op, backend), make(op, backend, seed=77)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -119,7 +122,7 @@ def test_graph_reads_what_is_there_at_replay(op, backend):
 def _tensors(problem) -> list[torch.Tensor]:
     """What the call takes besides the leaves: indices, a 4-bit weight, and gradients of the outputs."""
     grads = problem.grad_y if isinstance(problem.grad_y, tuple) else (problem.grad_y,)
-    ids = [problem.ids] if isinstance(problem, EmbeddingProblem) else []
+    ids = [problem.ids] if isinstance(problem, (EmbeddingProblem, MultiLoraProblem)) else []
     quantised = problem.q.tensors if isinstance(problem, (Nf4Problem, Nf4LoraProblem)) else []
     return [*ids, *quantised, *(grad for grad in grads if grad is not None)]
 
@@ -138,6 +141,25 @@ FEW_ROWS = (
 @pytest.mark.parametrize("backend", on_gpu("nf4_linear"), indirect=True)
 def test_rows_over_4_bits(backend, m, k, n, blocksize, nested, dtype):
     problem = Nf4Problem(m, k, n, dtype, blocksize=blocksize, nested=nested, device=backend.device)
+    backend.skip_unless_runnable(problem.dispatched())
+    assert_within_rounding(problem, problem.run())
+
+
+ROWS_OF_ADAPTERS = {
+    "several adapters a row": {"ranks": (16, 8, 64, 5), "per_row": 2},
+    "forty adapters": {"ranks": tuple(1 + a % 33 for a in range(40))},
+    "nobody": {"ranks": (16, 8), "ids": [-1] * 515},
+    "one adapter": {"ranks": (160,), "ids": [0] * 515},
+    "longer than a plane": {"ranks": (16, 512), "m": 2600, "ids": [0, 1, 0, 0] * 650},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("rows", ROWS_OF_ADAPTERS)
+@pytest.mark.parametrize("backend", on_gpu("multi_lora_linear"), indirect=True)
+def test_rows_of_adapters(backend, rows, dtype):
+    options = {"m": 515, "k": 264, "n": 520, "dropout_p": 0.1, "adapter_dtype": F32} | ROWS_OF_ADAPTERS[rows]
+    problem = MultiLoraProblem(dtype=dtype, device=backend.device, **options)
     backend.skip_unless_runnable(problem.dispatched())
     assert_within_rounding(problem, problem.run())
 
