@@ -93,14 +93,13 @@ def _check(problems: Sequence[MultiLoraProblem]) -> None:
         assert_within_rounding(problem, (y, {}))
 
 
-@pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
 @pytest.mark.parametrize(
-    ("m", "k", "n", "ranks"),
+    ("m", "k", "n", "ranks", "dtype"),
     [
-        (5, 40, 48, (8, 1, None, 16, 3)),
-        (4, 67, 70, (24, 64, None, 8)),  # sizes that divide nothing, chunks of ranks not full
-        (1, 1, 1, (1, 1)),
-        (3, 33, 31, (None, 40, 2)),
+        (3, 40, 48, (8, 1, None, 16, 3), F32),
+        (3, 67, 41, (24, 64, None, 8), F16),  # sizes that divide nothing, chunks of ranks not full
+        (1, 1, 1, (1, 1), F16),
+        (2, 33, 31, (None, 40, 2), F32),
     ],
     ids=str,
 )
@@ -117,14 +116,14 @@ def test_float32_adapters_over_a_float16_layer(form):
 
 
 def test_large_rank(form):
-    _check([MultiLoraProblem(2, 40, 24, (512, 300, 8), ids=[0, 1], dtype=F16)])
+    _check([MultiLoraProblem(1, 24, 24, (512, 8), ids=[0], dtype=F16)])
 
 
 def test_three_widths_in_one_call(form, monkeypatch):
     """q, k and v with grouped queries, several weighted adapters a row, an adapter twice, one that k has not."""
     launched = _launches(monkeypatch)
-    ids = [[0, 2, 1], [3, 3, -1], [-1, -1, -1], [1, 0, 9]]
-    problems = _group((70, 16, 33), m=4, k=40, ranks=(16, 5, 24, 8), ids=ids, mixed=True, dtype=F16)
+    ids = [[0, 2, 1], [3, 3, -1], [-1, -1, 9]]
+    problems = _group((40, 16, 33), m=3, k=40, ranks=(16, 5, 24, 8), ids=ids, mixed=True, dtype=F16)
     del problems[1].tensors["lora_As.2"], problems[1].tensors["lora_Bs.2"]
     problems[1].ranks = (16, 5, None, 8)
     _check(problems)
@@ -202,8 +201,8 @@ def test_ranks_beyond_the_widths_are_left_out(form):
 
 @pytest.fixture(scope="module")
 def batch() -> list[MultiLoraProblem]:
-    ids = [[0, 3], [1, -1], [4, 2], [2, 2], [3, 0]]
-    return _group((40, 24), m=5, k=72, ranks=(1, 8, 16, 24, 64), ids=ids, mixed=True, dtype=F16)
+    ids = [[0, -1], [1, -1], [4, 2], [2, -1], [3, 0]]
+    return _group((24,), m=5, k=40, ranks=(1, 8, 16, 24, 64), ids=ids, mixed=True, dtype=F16)
 
 
 def test_a_row_has_the_same_bits_in_any_batch(batch, monkeypatch):
@@ -216,9 +215,9 @@ def test_a_row_has_the_same_bits_in_any_batch(batch, monkeypatch):
         results.append(_add(batch, _bases(batch)))
         turned = [4, 2, 0, 1, 3]
         results.append([y[[2, 3, 1, 4, 0]] for y in _add(batch, [y[turned] for y in _bases(batch)], turned)])
-        results.append([torch.cat(rows) for rows in zip(*(
-            _add(batch, [y[[m]] for y in _bases(batch)], [m]) for m in range(5)
-        ), strict=True)])  # fmt: skip
+        for m in (0, 2):
+            (y,) = _add(batch, [y[[m]] for y in _bases(batch)], [m])
+            assert torch.equal(y[0], results[0][0][m])
         x = batch[0].tensors["x"].detach().clone()
         x[:2] = float("nan")
         beside_nan = _add(batch, _bases(batch), x=x)
@@ -231,7 +230,7 @@ def test_a_row_has_the_same_bits_in_any_batch(batch, monkeypatch):
     kept = [i for i, a in enumerate(adapters.lora_As) if a.shape[0] <= 16]
     few = AdapterLists(
         *([values[i] for i in kept] for values in (adapters.lora_As, adapters.lora_Bs, adapters.outputs,
-          adapters.adapters, adapters.scalings)), [16, 16], 5,
+          adapters.adapters, adapters.scalings)), [16], 5,
     )  # fmt: skip
     for y, expected in zip(_add(batch, _bases(batch), adapters=few), results[0], strict=True):
         assert torch.equal(y[[1, 3]], expected[[1, 3]])

@@ -33,6 +33,7 @@ CHUNK = 16
 """Ranks that are summed together."""
 
 _CHUNK = tl.constexpr(CHUNK)
+_MOST_REGISTERS = 255
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -68,7 +69,13 @@ def multi_decode(
     chunks = _launch.blocks(max(widths), CHUNK)
     rows = (*ids.stride(), *((0, 0) if mix is None else mix.stride()), table.rows.shape[0], table.rows.stride(0))
     blocks = sum(_launch.blocks(n, config.block_n) for n in sizes)
-    options = {"TYPE": _TYPES[dtype], "BLOCK_K": config.block_k, "num_warps": config.num_warps}
+    # Products of 16-bit numbers are exact in float32, so that an FMA has the bits of a product and a sum. Others are
+    # not, and the forms would differ. Left alone, ptxas spills a few bytes to fit into a smaller number of registers.
+    exact = torch.float32 not in (x.dtype, dtype)
+    options = {
+        "TYPE": _TYPES[dtype], "BLOCK_K": config.block_k, "num_warps": config.num_warps, "enable_fp_fusion": exact,
+        "maxnreg": _MOST_REGISTERS,
+    }  # fmt: skip
     if m <= config.rows and chunks * CHUNK <= config.ranks:
         _launch.launch(
             _multi_decode, (m, blocks), x.device, x, outs, heads, ids, mix, sizes, chunks, k, per_row, *x.stride(),
@@ -170,18 +177,18 @@ def _load_b(b, columns, ranks, r, N, stride_b, TYPE: tl.constexpr, WIDE: tl.cons
     if WIDE:
         PIECE: tl.constexpr = 128 // TYPE.primitive_bitwidth
         stop = tl.cdiv(r, PIECE) * PIECE
-    tile = tl.load(
+    return tl.load(
         b + columns[:, None].to(tl.int64) * stride_b + ranks[None, :],
         mask=(columns < N)[:, None] & (ranks < stop)[None, :],
         other=0.0,
     )
-    return tl.where((ranks < r)[None, :], tile, 0.0)
 
 
 @triton.jit
-def _update(tile, low, factor):
-    """B (factor · A x) of a chunk of ranks."""
-    return tl.sum(tile.to(tl.float32) * (low * factor)[None, :], axis=1)
+def _update(tile, low, factor, ranks, r):
+    """B (factor · A x) of a chunk of ranks. What was loaded beyond r may be anything. The selection also keeps products
+    and sums apart: which of two products becomes part of an FMA is the compiler's choice, in each kernel anew."""
+    return tl.sum(tl.where((ranks < r)[None, :], tile.to(tl.float32) * (low * factor)[None, :], 0.0), axis=1)
 
 
 @triton.jit
@@ -190,7 +197,7 @@ def _own_low(
     TYPE: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     low = tl.zeros((_CHUNK,), dtype=tl.float32)
-    for column in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for column in tl.range(0, K, BLOCK_K, num_stages=STAGES if WIDE else 1):
         low += _partial(x, a, column, ranks, r, K, stride_xk, stride_a, TYPE, BLOCK_K, WIDE)
     return low
 
@@ -200,8 +207,12 @@ def _own_update(
     x, a, b, columns, ranks, r, N, K, stride_xk, stride_a, stride_b, factor,
     TYPE: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE_A: tl.constexpr, WIDE_B: tl.constexpr,
 ):  # fmt: skip
-    tile = _load_b(b, columns, ranks, r, N, stride_b, TYPE, WIDE_B)
-    return _update(tile, _own_low(x, a, ranks, r, K, stride_xk, stride_a, TYPE, BLOCK_K, STAGES, WIDE_A), factor)
+    if WIDE_B:
+        tile = _load_b(b, columns, ranks, r, N, stride_b, TYPE, True)
+    low = _own_low(x, a, ranks, r, K, stride_xk, stride_a, TYPE, BLOCK_K, STAGES, WIDE_A)
+    if not WIDE_B:
+        tile = _load_b(b, columns, ranks, r, N, stride_b, TYPE, False)
+    return _update(tile, low, factor, ranks, r)
 
 
 @triton.jit
@@ -278,13 +289,16 @@ def _summed_update(
     partials, b, columns, ranks, r, N, stride_b, steps, stride_step, factor,
     TYPE: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    tile = _load_b(b, columns, ranks, r, N, stride_b, TYPE, WIDE)
+    if WIDE:  # what other rows take, a register for each number, is too much to hold meanwhile
+        tile = _load_b(b, columns, ranks, r, N, stride_b, TYPE, True)
     if OVERLAP:
         gdc_wait()
     low = tl.zeros((_CHUNK,), dtype=tl.float32)
-    for step in tl.range(0, steps, loop_unroll_factor=16):
+    for step in tl.range(0, steps, loop_unroll_factor=8):
         low += tl.load(partials + step * stride_step + tl.arange(0, _CHUNK))
-    return _update(tile, low, factor)
+    if not WIDE:
+        tile = _load_b(b, columns, ranks, r, N, stride_b, TYPE, False)
+    return _update(tile, low, factor, ranks, r)
 
 
 @triton.jit(do_not_specialize=["chunks", "count"])
