@@ -310,31 +310,77 @@ def lora_expert_linear(shape: Shape, draw: Draw) -> Case:
     return Case("lora_expert_linear", str(shape), tensors, options, eager, ("x", "lora_A", "lora_B"))
 
 
+def multi_lora_expert_linear(shape: Shape, draw: Draw, per_row: int = 1) -> Case:
+    """The experts of `lora_expert_linear`, the adapters of `multi_lora_linear`."""
+    rows, n, k = math.prod(shape.batch), shape.n, shape.k
+    counts, ranks, several = expert_rows(rows), _ranks(shape), (per_row,) if per_row > 1 else ()
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        dropping, ys = dropped(t["x"], shape.dropout_p, SEED).split(counts), []
+        ids = t["adapter_ids"].reshape(rows, per_row).split(counts)
+        mixes = t["adapter_weights"].split(counts) if several else [None] * EXPERTS
+        for e, x in enumerate(t["x"].split(counts)):
+            y = F.linear(x, t["weight"][e])
+            ys.append(_add_chosen(y, dropping[e], ids[e], mixes[e], *_factors(t, len(ranks), e)))
+        return torch.cat(ys)
+
+    tensors = {"x": draw(shape.dtype, rows, k), "weight": draw(shape.dtype, EXPERTS, n, k, scale=k**-0.5)}
+    tensors["offsets"] = draw.seeds(*itertools.accumulate(counts)).to(torch.int32)
+    tensors |= _adapters(replace(shape, batch=(rows,)), draw, (rows, *several), (EXPERTS,))
+    options = {"scalings": SCALING, **_options(shape, draw)}
+    grads = (*_group_grads(len(ranks)), *(["adapter_weights"] if several else []))
+    label = f"{shape}, {per_row} of {len(ranks)} a row"
+    return Case("multi_lora_expert_linear", label, tensors, options, eager, grads)
+
+
+def _ranks(shape: Shape) -> list[int]:
+    return [max(1, shape.r * part // 4) for part in (4, 2, 3, 4)]
+
+
+def _adapters(shape: Shape, draw: Draw, choices: Sequence[int], experts: Sequence[int] = ()) -> dict[str, Tensor]:
+    """Four adapters of ranks r / 2 to r, the last without rows, and ids, some of no adapter; with several a row, their
+    weights too."""
+    tensors, ranks = {}, _ranks(shape)
+    for a, r in enumerate(ranks):
+        tensors[f"lora_As.{a}"] = draw(shape.adapter_dtype, *experts, r, shape.k, scale=shape.k**-0.5)
+        tensors[f"lora_Bs.{a}"] = draw(shape.adapter_dtype, *experts, shape.n, r, scale=r**-0.5)
+    tensors["adapter_ids"] = draw.integers(len(ranks), *choices) - 1
+    if len(choices) > len(shape.batch):
+        tensors["adapter_weights"] = draw(torch.float32, *choices)
+    return tensors
+
+
+def _factors(t: dict[str, Tensor], count: int, *index: int) -> list[tuple[Tensor, Tensor]]:
+    return [(t[f"lora_As.{a}"][index or ...], t[f"lora_Bs.{a}"][index or ...]) for a in range(count)]
+
+
+def _add_chosen(y: Tensor, x: Tensor, ids: Tensor, mix: Tensor | None, *factors: tuple[Tensor, Tensor]) -> Tensor:
+    """y and, of each row, what its adapters make of x: PEFT's loop over adapters."""
+    for a, (lora_A, lora_B) in enumerate(factors):
+        for i, own in enumerate((ids == a).unbind(1)):
+            update = SCALING * _low_rank(x[own], lora_A, lora_B, 0.0, SEED)
+            if mix is not None:
+                update = update * mix[own, i].unsqueeze(1).to(update.dtype)
+            y = y.index_put((own,), update, accumulate=True)
+    return y
+
+
 def multi_lora_linear(shape: Shape, draw: Draw, per_row: int = 1) -> Case:
-    """Four adapters of ranks r / 2 to r, the last without rows, and rows without any; `per_row` > 1: weighted."""
-    n, k, ranks = shape.n, shape.k, [max(1, shape.r * part // 4) for part in (4, 2, 3, 4)]
-    several = (per_row,) if per_row > 1 else ()
+    """Four adapters, the last without rows, and rows without any; `per_row` > 1: as many, weighted."""
+    ranks, several = _ranks(shape), (per_row,) if per_row > 1 else ()
 
     def eager(t: dict[str, Tensor]) -> Tensor:
         x = t["x"].flatten(0, -2)
-        ids, y = t["adapter_ids"].reshape(len(x), per_row), F.linear(x, t["weight"], t.get("bias"))
-        dropping = dropped(x, shape.dropout_p, SEED)
-        for a in range(len(ranks)):
-            for i, own in enumerate((ids == a).unbind(1)):
-                update = SCALING * _low_rank(dropping[own], t[f"lora_As.{a}"], t[f"lora_Bs.{a}"], 0.0, SEED)
-                if several:
-                    update = update * t["adapter_weights"].reshape(ids.shape)[own, i].unsqueeze(1).to(update.dtype)
-                y = y.index_put((own,), update, accumulate=True)
-        return y.view(*t["x"].shape[:-1], n)
+        ids, mix = t["adapter_ids"].reshape(len(x), per_row), None
+        if several:
+            mix = t["adapter_weights"].reshape(ids.shape)
+        y = F.linear(x, t["weight"], t.get("bias"))
+        y = _add_chosen(y, dropped(x, shape.dropout_p, SEED), ids, mix, *_factors(t, len(ranks)))
+        return y.view(*t["x"].shape[:-1], shape.n)
 
     layer = _layer(shape, draw)
     tensors = {name: layer[name] for name in ("x", "weight", "bias")}
-    for a, r in enumerate(ranks):
-        tensors[f"lora_As.{a}"] = draw(shape.adapter_dtype, r, k, scale=k**-0.5)
-        tensors[f"lora_Bs.{a}"] = draw(shape.adapter_dtype, n, r, scale=r**-0.5)
-    tensors["adapter_ids"] = draw.integers(len(ranks), *shape.batch, *several) - 1
-    if several:
-        tensors["adapter_weights"] = draw(torch.float32, *shape.batch, *several)
+    tensors |= _adapters(shape, draw, (*shape.batch, *several))
     options = {"scalings": SCALING, **_options(shape, draw)}
     grads = (*_group_grads(len(ranks)), *(["adapter_weights"] if several else []))
     return Case("multi_lora_linear", f"{shape}, {per_row} of {len(ranks)} a row", tensors, options, eager, grads)
@@ -462,5 +508,6 @@ BUILDERS: dict[str, Callable[[Shape, Draw], Case]] = {
     "lora_embedding": lora_embedding,
     "lora_expert_linear": lora_expert_linear,
     "multi_lora_linear": multi_lora_linear,
+    "multi_lora_expert_linear": multi_lora_expert_linear,
     "philox_dropout": philox_dropout,
 }

@@ -7,6 +7,7 @@ when computed twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -235,6 +236,12 @@ def _multi_lora_linear_cases(draw: Draw) -> Iterator[Case]:
     yield replace(problems.multi_lora_linear(_FEW_ROWS, draw), grads=())
 
 
+def _multi_lora_expert_linear_cases(draw: Draw) -> Iterator[Case]:
+    """With rows for each expert and adapter, as above."""
+    for shape in (_MULTI[0], _MULTI[3]):
+        yield problems.multi_lora_expert_linear(replace(shape, batch=(3 * math.prod(shape.batch),)), draw)
+
+
 # With the arguments of `problems.nf4_weight`: a row's end is seldom a block's. Few rows have kernels of their own.
 _QUANTISED: tuple[tuple[Shape, dict[str, Any]], ...] = (
     (_LAYERS[0], {"nested": False}),
@@ -266,6 +273,7 @@ CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "lora_embedding": _of_shapes(problems.lora_embedding, _LAYERS),
     "lora_expert_linear": _of_shapes(problems.lora_expert_linear, _LAYERS),
     "multi_lora_linear": _multi_lora_linear_cases,
+    "multi_lora_expert_linear": _multi_lora_expert_linear_cases,
     "nf4_linear": _quantised(problems.nf4_linear),
     "nf4_lora_linear": _quantised(problems.nf4_lora_linear),
     "nf4_dequantize": _quantised(problems.nf4_dequantize),

@@ -16,7 +16,7 @@ from peft_kernels.functional.multi_lora_linear import (
     adapter_choice,
     check_adapters,
     dropout_of,
-    flatten_adapters,
+    flatten_lists,
     refuse_dtensors,
 )
 
@@ -81,7 +81,7 @@ def multi_lora_expert_linear(
             f"{_OP}: lora_As is a layer of an AdapterPool, which holds no stacks; expected a list of tensors"
         )
     layer_scalings = (scalings,) if isinstance(scalings, Sequence) else scalings
-    stacks = flatten_adapters(_OP, (weight,), (lora_As,), (lora_Bs,), layer_scalings)
+    stacks = flatten_lists(_OP, (weight,), (lora_As,), (lora_Bs,), layer_scalings)
     check_adapters(_OP, x, (weight,), stacks)
     check_offsets(_OP, offsets, weight.shape[0])
     check_device(_OP, "offsets", offsets, x.device)

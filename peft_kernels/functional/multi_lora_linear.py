@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +40,8 @@ CHECK_IDS_VARIABLE = "PEFT_KERNELS_CHECK_IDS"
 """Set to 1, adapter ids on a GPU are checked as well, which waits for the GPU at every call."""
 
 Factors = Sequence[Tensor | None]
+
+_SHAPE, _PROPERTIES = operator.attrgetter("shape"), operator.attrgetter("shape", "dtype", "device")
 
 
 def multi_lora_linear(
@@ -184,6 +188,11 @@ def flatten_adapters(op: str, weights, lora_As, lora_Bs, scalings) -> Adapters:
         )
     if any(isinstance(layer, PoolLayer) for layer in lora_As):
         return _pool_adapters(op, weights, lora_As, lora_Bs, scalings)
+    return flatten_lists(op, weights, lora_As, lora_Bs, scalings)
+
+
+def flatten_lists(op: str, weights, lora_As, lora_Bs, scalings) -> AdapterLists:
+    """`flatten_adapters` where there is no pool."""
     if lora_Bs is None:
         raise TypeError(f"{op}: lora_Bs is None; expected the B of each A (None goes with an AdapterPool)")
     count = max([0, *(len(layer) for layer in lora_As if layer is not None)])  # dynamo knows no `default`
@@ -197,7 +206,9 @@ def flatten_adapters(op: str, weights, lora_As, lora_Bs, scalings) -> Adapters:
                 f"{op}: {_layer('lora_As', j, weights)} has {have[0]} adapters and lora_Bs {have[1]}; "
                 f"expected {count} of each, None for those that have nothing there"
             )
-        _append(op, flat, j, layer_As, layer_Bs, _scalings_of(op, scalings, j, weights, count), weights)
+        layer_scalings = _scalings_of(op, scalings, j, weights, count)
+        if not _extend(flat, j, layer_As, layer_Bs, layer_scalings):
+            _append(op, flat, j, layer_As, layer_Bs, layer_scalings, weights)
     return flat
 
 
@@ -221,6 +232,20 @@ def _scalings_of(op: str, scalings, j: int, weights, count: int) -> list[Any]:
     if len(scalings) != count:
         raise ValueError(f"{op}: {name} has {len(scalings)} entries; expected one for each of the {count} adapters")
     return list(scalings)
+
+
+def _extend(flat: AdapterLists, j: int, layer_As, layer_Bs, scalings) -> bool:
+    """Appends a layer in which every adapter has plain matrices and a float, as most have. False, and nothing is
+    appended, where each takes a look by itself: of many adapters that costs more than their products."""
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, (*layer_As, *layer_Bs))):
+        return False
+    if not {float}.issuperset(map(type, scalings)) or not all(map(math.isfinite, scalings)):
+        return False
+    shapes = list(map(_SHAPE, layer_As))
+    if set(map(len, shapes)) != {2}:
+        return False
+    flat.append(j, layer_As, layer_Bs, scalings, [shape[0] for shape in shapes])
+    return True
 
 
 def _append(op, flat: AdapterLists, j: int, layer_As, layer_Bs, scalings, weights) -> None:
@@ -260,9 +285,9 @@ def _signature(x: Tensor, weights, biases, adapters: Adapters) -> tuple | None:
     firsts, others, layouts = split(weights)
     present = [bias for bias in biases if bias is not None]
     tensors = (x, *firsts, *adapters.lora_As, *adapters.lora_Bs, *others, *present)
-    if torch.compiler.is_compiling() or not all(type(t) in PLAIN for t in tensors):
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return None
-    properties: list[Any] = [(t.shape, t.dtype, t.device) for t in tensors[1:]]
+    properties: list[Any] = list(map(_PROPERTIES, tensors[1:]))
     if layouts:
         properties += [*layouts, *(weight.shape for weight in weights)]
         properties += [t.is_contiguous() for t in (*firsts, *others)]

@@ -61,10 +61,10 @@ def problem(
     x, weight, lora_As, lora_Bs, offsets, adapter_ids, *, scalings, adapter_weights=None, dropout_p=0.0, training=True,
     **_,
 ) -> Problem:  # fmt: skip
-    from peft_kernels.functional.multi_lora_linear import flatten_adapters
+    from peft_kernels.functional.multi_lora_linear import flatten_lists
 
     scalings = (scalings,) if isinstance(scalings, Sequence) else scalings
-    stacks = flatten_adapters("multi_lora_expert_linear", (weight,), (lora_As,), (lora_Bs,), scalings)
+    stacks = flatten_lists("multi_lora_expert_linear", (weight,), (lora_As,), (lora_Bs,), scalings)
     dropout = training and any(p > 0 for p in ([dropout_p] if isinstance(dropout_p, (int, float)) else dropout_p))
     per_row = 1 if adapter_weights is None else adapter_weights.shape[-1]
     return _problem(x, weight, stacks, per_row, adapter_weights is not None, dropout)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from peft_kernels import functional
+from peft_kernels.formats.pool import PoolLayer
 from tests.ops.test_errors import refused
 
 NAN, INF = math.nan, math.inf
@@ -57,6 +58,12 @@ GOOD = {
         "lora_Bs": [ones(12, 4), None, ones(12, 2)], "adapter_ids": torch.tensor([[0, 2], [-1, 1]]),
         "scalings": [2.0, None, 0.5], "bias": ones(12), "adapter_weights": ones(2, 2), "dropout_p": [0.5, 0.0, 0.25],
         "seed": 3,
+    },
+    "multi_lora_expert_linear": lambda: {
+        "x": ones(6, 16), "weight": ones(2, 12, 16), "lora_As": [ones(2, 4, 16), None, ones(2, 3, 16)],
+        "lora_Bs": [ones(2, 12, 4), None, ones(2, 12, 3)], "offsets": torch.tensor([2, 6], dtype=torch.int32),
+        "adapter_ids": torch.tensor([0, 2, -1, 1, 0, 0]), "scalings": [2.0, None, 0.5], "bias": ones(2, 12),
+        "dropout_p": 0.5, "seed": 3,
     },
     "multi_lora_linear_group": lambda: {
         "x": ones(2, 3, 16), "weights": [ones(12, 16), ones(8, 16)],
@@ -233,6 +240,32 @@ CASES = {
         ({"seed": torch.tensor([3, 4])}, ValueError, "seed has shape (2,); expected (1,)"),
         *DROPOUT,
     ],
+    "multi_lora_expert_linear": [
+        ({"x": ones(2, 3, 16)}, ValueError, "x has shape (2, 3, 16), but rows are sorted by expert"),
+        ({"weight": ones(12, 16)}, ValueError, "weight has shape (12, 16), but x has 16 features; expected (experts"),
+        ({"weight": ones(2, 12, 16).half(), "bias": None}, TypeError, "weight has dtype torch.float16, but x has"),
+        ({"bias": ones(12)}, ValueError, "bias has shape (12,), but weight has 2 experts and 12 output features"),
+        ({"lora_As": [ones(4, 16), None, ones(2, 3, 16)]}, ValueError,
+         "lora_As[0] has shape (4, 16), but weight has 2 experts and x has 16 features; expected (2, r, 16)"),
+        ({"lora_As": [ones(3, 4, 16), None, ones(2, 3, 16)]}, ValueError, "lora_As[0] has shape (3, 4, 16), but wei"),
+        ({"lora_As": [ones(2, 4, 16)]}, ValueError, "lora_As has 1 adapters and lora_Bs 3; expected 1 of each"),
+        ({"lora_As": [ones(2, 4, 16), None, ones(2, 0, 16)]}, ValueError, "r is 0; expected 1 <= r <= 512"),
+        ({"lora_Bs": [ones(2, 12, 4), None, ones(2, 3, 12)]}, ValueError,
+         "lora_Bs[2] has shape (2, 3, 12), but weight has 2 experts and weight has 12 output features and"),
+        ({"lora_Bs": [ones(2, 12, 4), ones(2, 12, 1), None]}, ValueError, "adapter 1 has a B but no A; expected both"),
+        ({"lora_Bs": [ones(2, 12, 4), None, ones(2, 12, 3).half()]}, TypeError, "lora_Bs[2] has dtype torch.float16"),
+        ({"offsets": torch.tensor([2, 6])}, TypeError, "offsets has dtype torch.int64; expected torch.int32"),
+        ({"offsets": ones(3, dtype=torch.int32)}, ValueError, "offsets has shape (3,), but weight has 2 experts"),
+        ({"offsets": ones(2, dtype=torch.int32, device="meta")}, ValueError, "offsets is on meta"),
+        ({"adapter_ids": torch.tensor([0, 2, 3, 1, 0, 0])}, ValueError, "adapter_ids holds 3; expected ids in [-1, 3)"),
+        ({"adapter_ids": torch.zeros(5, dtype=I64)}, ValueError, "adapter_ids has shape (5,), but x has shape (6, 16)"),
+        ({"adapter_weights": ones(6, 1)}, ValueError, "adapter_weights has shape (6, 1); expected that of adapter_ids"),
+        ({"scalings": None}, TypeError, "scalings is None; expected a number for all adapters or one for each"),
+        ({"scalings": [1.0, None, NAN]}, ValueError, "scalings is nan; expected a finite number"),
+        ({"lora_As": PoolLayer(None, "experts", 0), "lora_Bs": None}, TypeError,
+         "lora_As is a layer of an AdapterPool, which holds no stacks; expected a list of tensors"),
+        *DROPOUT,
+    ],
     "multi_lora_linear_group": [
         ({"weights": []}, ValueError, "weights is empty; expected at least one"),
         ({"weights": [ones(12, 16), ones(8, 15)]}, ValueError, "weights[1] has shape (8, 15), but x has 16 features"),
@@ -278,9 +311,10 @@ def test_an_index_outside_of_the_table():
         functional.lora_embedding(**arguments)
 
 
+@pytest.mark.parametrize("op", ["lora_expert_linear", "multi_lora_expert_linear"])
 @pytest.mark.parametrize("ends", [[3, 2], [2, 7], [-1, 6]])
-def test_offsets_that_are_no_rows(ends):
+def test_offsets_that_are_no_rows(op, ends):
     """Found by whoever reads them on the host: never a read past the end."""
-    arguments = {**GOOD["lora_expert_linear"](), "offsets": torch.tensor(ends, dtype=torch.int32)}
-    with pytest.raises(ValueError, match=r"lora_expert_linear: offsets\[\d\] is .*; expected one in"):
-        functional.lora_expert_linear(**arguments)
+    arguments = {**GOOD[op](), "offsets": torch.tensor(ends, dtype=torch.int32)}
+    with pytest.raises(ValueError, match=rf"^{op}: offsets\[\d\] is .*; expected one in"):
+        getattr(functional, op)(**arguments)

@@ -148,6 +148,24 @@ def multi_backward(batch=(3, 5), unused=False, needs=(True,) * 16, **options):
     return grads, x, [torch.randn(*ids.shape, width) for width in widths], weights, layouts, *others, needs
 
 
+def multi_expert_arguments(rows=6, dropout=False, several=False, keep_s=True, dtype=F32, adapter_dtype=F32):
+    """Three adapters of other ranks, of which one has nothing here."""
+    x, weight = torch.randn(rows, 31).to(dtype), torch.randn(3, 17, 31).to(dtype)
+    lora_As = [torch.randn(3, r, 31).to(adapter_dtype) for r in (4, 2)]
+    lora_Bs = [torch.randn(3, 17, r).to(adapter_dtype) for r in (4, 2)]
+    ends, shape = ENDS if rows else torch.zeros_like(ENDS), (rows, 2 if several else 1)
+    ids, mix = torch.randint(-1, 3, shape), torch.randn(shape) if several else None
+    ps, seed = ([0.25, 0.0, 0.5], torch.tensor([3])) if dropout else ([], None)
+    adapters = (lora_As, lora_Bs, [0, 2], [1.5, -0.5], 4, 3)
+    return x, [weight], [], 3, torch.randn(3, 17).to(dtype), *adapters, ends, ids, mix, ps, seed, keep_s
+
+
+def multi_expert_backward(needs=(True,) * 8, **options):
+    x, weight, layout, experts, _, *others, _ = multi_expert_arguments(**options)
+    grad_y, s = torch.randn(x.shape[0], 17).to(x.dtype), torch.randn(*others[-4].shape, 4).to(x.dtype)
+    return grad_y, x, [s], weight, layout, experts, *others, needs
+
+
 def over_nf4(arguments, weights: int, gradients: tuple = ()):
     """The arguments with every weight, the list at this place that layouts follow, in 4 bits: the first nested, the
     others not; `gradients` are the places of what `needs` says of weights, which then want none."""
@@ -295,6 +313,19 @@ ARGUMENTS = {
         multi_backward(dropout=True, needs=(False,) * 6 + (True, False) * 5),
         multi_backward(lists=POOL, several=True, needs=(True,) * 6),
         over_nf4(multi_backward(several=True, unused=True), 3, gradients=(2, 3)),
+    ],
+    "multi_lora_expert_linear": [
+        multi_expert_arguments(),
+        multi_expert_arguments(rows=0, dropout=True, several=True),
+        multi_expert_arguments(dtype=BF16, dropout=True, keep_s=False),
+        over_nf4(multi_expert_arguments(dropout=True, several=True), 1),
+    ],
+    "multi_lora_expert_linear_backward": [
+        multi_expert_backward(several=True),
+        multi_expert_backward(rows=0, several=True),
+        multi_expert_backward(dtype=BF16, dropout=True, needs=(True, False, False, True) + (True, False) * 2),
+        multi_expert_backward(needs=(False, False, True) + (False,) * 5),
+        over_nf4(multi_expert_backward(dropout=True, several=True), 3, gradients=(2,)),
     ],
     "nf4_linear": [
         (torch.randn(3, 5, 31), *nf4_operand(), torch.randn(17)),
