@@ -12,8 +12,10 @@ pool's memory (`PoolAdapters`).
 
 from __future__ import annotations
 
+import functools
+import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +62,15 @@ class AdapterLists:
         self.scalings, self.widths, self.count = scalings, widths, count
         self._places: dict[tuple[int, int], int] | None = None
 
+    def append(self, output: int, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings, ranks) -> None:
+        """Takes up a projection in which every adapter has something; `ranks`: of its As."""
+        self.lora_As += lora_As
+        self.lora_Bs += lora_Bs
+        self.outputs += [output] * len(ranks)
+        self.adapters += range(len(ranks))
+        self.scalings += scalings
+        self.widths[output] = max(1, *ranks)
+
     @property
     def dtype(self) -> torch.dtype | None:
         return self.lora_As[0].dtype if self.lora_As else None
@@ -73,18 +84,25 @@ class AdapterLists:
 
     def table(self, device: torch.device) -> Table:
         """The table on `device`. Factors whose rows are not contiguous are copied, and kept by the table."""
-        kept, rows = [], bytearray(ROW.size * self.count * len(self.widths))
-        for i, (a, b) in enumerate(zip(self.lora_As, self.lora_Bs, strict=True)):
-            pair = []
-            for factor in (a, b):
-                if factor.stride(1) != 1 and factor.shape[1] != 1:
-                    factor = factor.contiguous()
-                    kept.append(factor)
-                pair.append(factor)
-            lora_A, lora_B = pair
-            place = self.adapters[i] * len(self.widths) + self.outputs[i]
-            ROW.pack_into(rows, place * ROW.size, *row(lora_A, lora_B, self.scalings[i]))
-        return Table(_on_device(rows, self.count, len(self.widths), device), range(len(self.widths)), kept)
+        kept: list[Tensor] = []
+        lora_As, A_strides = _row_major(self.lora_As, itertools.repeat(self._columns()), kept)
+        ranks = [a.shape[0] for a in lora_As]
+        lora_Bs, B_strides = _row_major(self.lora_Bs, ranks, kept)
+        addresses = (map(Tensor.data_ptr, lora_As), map(Tensor.data_ptr, lora_Bs))
+        # One call packs all rows: a thousand by themselves take longer than their products.
+        rows = zip(*addresses, ranks, self.scalings, A_strides, B_strides, strict=False)
+        packed = bytearray(_rows(len(lora_As)).pack(*itertools.chain.from_iterable(rows)))
+        count, layers = self.count, len(self.widths)
+        if layers > 1 or len(lora_As) != count:
+            scattered = bytearray(ROW.size * count * layers)
+            for i, (adapter, output) in enumerate(zip(self.adapters, self.outputs, strict=True)):
+                place = (adapter * layers + output) * ROW.size
+                scattered[place : place + ROW.size] = packed[i * ROW.size : (i + 1) * ROW.size]
+            packed = scattered
+        return Table(_on_device(packed, count, layers, device), range(layers), kept)
+
+    def _columns(self) -> int:
+        return self.lora_As[0].shape[1] if self.lora_As else 0
 
 
 class PoolAdapters:
@@ -134,6 +152,28 @@ def row(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[int, int, int, 
     return (
         lora_A.data_ptr(), lora_B.data_ptr(), lora_A.shape[0], scaling, lora_A.stride(0), lora_B.stride(0),
     )  # fmt: skip
+
+
+def _row_major(
+    factors: list[Tensor], contiguous: Iterable[int], kept: list[Tensor]
+) -> tuple[list[Tensor], Iterable[int]]:
+    """The factors with contiguous rows, copies of which go to `kept`, and their row strides: `contiguous` where they
+    are."""
+    if all(map(Tensor.is_contiguous, factors)):
+        return factors, contiguous
+    result = []
+    for factor in factors:
+        if factor.stride(1) != 1 and factor.shape[1] != 1:
+            factor = factor.contiguous()
+            kept.append(factor)
+        result.append(factor)
+    return result, [factor.stride(0) for factor in result]
+
+
+@functools.lru_cache(8)
+def _rows(count: int) -> struct.Struct:
+    """`count` times `ROW`."""
+    return struct.Struct("<" + ROW.format.removeprefix("<") * count)
 
 
 def _on_device(rows: bytearray, count: int, layers: int, device: torch.device) -> Tensor:

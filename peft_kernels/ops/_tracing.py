@@ -19,6 +19,8 @@ def fold_scaling(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
 
 def fold_scalings(lora_Bs: Sequence[Tensor], scalings: Sequence[float]) -> tuple[list[Tensor], list[float]]:
     """`fold_scaling` for each adapter."""
+    if not torch.compiler.is_compiling():
+        return list(lora_Bs), list(scalings)
     pairs = [fold_scaling(b, s) for b, s in zip(lora_Bs, scalings, strict=True)]
     return [b for b, _ in pairs], [s for _, s in pairs]
 

@@ -37,9 +37,10 @@ def unproven(problem) -> str | None:
 def _batch(x: Tensor | None, m: int, k: int, dtype, ids, mix, adapters, table, dropout_ps, seeds) -> tuple:
     """What csrc/cpu_bindings_multi_lora.cpp calls PEFT_KERNELS_BATCH_PARAMETERS, less the projections."""
     made: dict[float, tuple[int, float]] = {p: (threshold(p), scale(p)) for p in set(dropout_ps)}
+    dropouts = [made[p] for p in dropout_ps] if seeds is not None else []
     return (
         m, k, _native.DTYPES[dtype], *place(x), ids.data_ptr(), ids.shape[1], place(mix)[0], table.rows.data_ptr(),
-        *table.rows.shape[:2], _native.DTYPES[adapters.dtype], [made[p] for p in dropout_ps] if seeds is not None else [],
+        *table.rows.shape[:2], _native.DTYPES[adapters.dtype], dropouts,
     )  # fmt: skip
 
 
@@ -84,9 +85,10 @@ def backward(grad_ys, x, ss, weights, adapters, ids, mix, dropout_ps, seeds, nee
              _seed(seeds, j))
             for j, grad in zip(used, held, strict=True)
         ]  # fmt: skip
+        m, k = given.shape[0], weights[0].shape[1]
         _native.load("_cpu").multi_lora_backward(
-            *_batch(rows, given.shape[0], weights[0].shape[1], given.dtype, ids, mix, adapters, table, dropout_ps, seeds),
-            projections, place(grad_x)[0], place(grad_mix)[0], wanted, torch.get_num_threads(),
+            *_batch(rows, m, k, given.dtype, ids, mix, adapters, table, dropout_ps, seeds), projections,
+            place(grad_x)[0], place(grad_mix)[0], wanted, torch.get_num_threads(),
         )  # fmt: skip
     return grad_x, grad_mix, grad_weights, grad_biases, grad_As, grad_Bs
 
