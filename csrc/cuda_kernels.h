@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "multi_lora.h"
 #include "nf4.h"
 #include "nf4_plan.h"
 
@@ -48,24 +49,7 @@ int clusters_at_once(int device, ClustersAtOnce& clusters);
 int launch_lora_down(Launch launch, int m, int r, int64_t k, int dtype, const void* x, int64_t x_stride,
                      const void* lora_A, int64_t A_stride, void* s);
 
-// y_j [tokens, n_j], contiguous += what the adapters of each token add to it: multi_lora.h. x [tokens, k] and y are
-// bfloat16 or float16, A and B either or float32. ids [tokens, choices] and mix, null for ones, are contiguous; `rank`:
-// the largest that is expected of an adapter, which makes it fast, while all up to 512 are computed.
-struct MultiLora {
-  int64_t tokens;
-  int k, choices, projections, rank;
-  int x_type, a_type;
-  const void* x;
-  int64_t x_stride;
-  const int64_t* ids;
-  const float* mix;
-  const int64_t* table;  // rows of 4 words: formats/adapter_table.py
-  int64_t adapters, adapter_stride;
-  struct Projection {
-    void* y;
-    int layer, n;
-  } projection[8];
-};
+// y_j += what the adapters of each token add to it: multi_lora.h.
 int launch_multi_lora_linear(Launch launch, const MultiLora& call);
 
 const char* cuda_error_text(int code);

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "device_numeric.h"
 
@@ -18,6 +19,25 @@ constexpr int kTeam = 8;  // blocks of a cluster: the most that every GPU with c
 constexpr int kMostTokens = 65535, kMostChoices = 8, kMostRank = 512, kMostProjections = 8;
 constexpr int kChunkBytes = 16;  // of a row of A that a lane loads at once, of a row of B that a thread does
 constexpr int kTableWords = 4;   // of 8 bytes: formats/adapter_table.py
+
+// y_j [tokens, n_j], contiguous += what the adapters of each token add to it. x [tokens, k] and y are
+// bfloat16 or float16, A and B either or float32. ids [tokens, choices] and mix, null for ones, are contiguous; `rank`:
+// the largest that is expected of an adapter, which makes it fast, while all up to 512 are computed.
+struct MultiLora {
+  int64_t tokens;
+  int k, choices, projections, rank;
+  int x_type, a_type;
+  const void* x;
+  int64_t x_stride;
+  const int64_t* ids;
+  const float* mix;
+  const int64_t* table;  // rows of 4 words: formats/adapter_table.py
+  int64_t adapters, adapter_stride;
+  struct Projection {
+    void* y;
+    int layer, n;
+  } projection[kMostProjections];
+};
 
 // Rows of y [m, n] are contiguous. `vector`: they begin at multiples of 16 bytes.
 struct MultiLoraProjection {
@@ -108,6 +128,68 @@ PEFT_KERNELS_HOST_DEVICE int stages_for(int rows, int choices) {
 PEFT_KERNELS_HOST_DEVICE int team_without_clusters(int64_t teams, int n, int multiprocessors) {
   const int64_t wanted = (2LL * multiprocessors + teams - 1) / greatest<int64_t>(teams, 1);
   return static_cast<int>(greatest<int64_t>(least<int64_t>(wanted, ceil_div(n, 256)), 1));
+}
+
+inline int most_rows(const MultiLora& call) {
+  int most = 0;
+  for (int j = 0; j < call.projections; ++j) most = greatest(most, call.projection[j].n);
+  return most;
+}
+
+// Whether the kernel can be launched on this.
+inline bool multi_lora_fits(const MultiLora& call) {
+  return call.tokens >= 1 && call.tokens <= kMostTokens && call.k >= 1 && call.choices >= 1 &&
+         call.choices <= kMostChoices && call.projections >= 1 && call.projections <= kMostProjections &&
+         reinterpret_cast<uintptr_t>(call.table) % kChunkBytes == 0;
+}
+
+template <class Shape>
+MultiLoraArguments multi_lora_arguments(const MultiLora& call, int team) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kChunkBytes == 0; };
+  MultiLoraArguments a{};
+  a.x = static_cast<const char*>(call.x);
+  a.x_stride = call.x_stride;
+  a.k = call.k;
+  a.x_vector = call.k % 8 == 0 && aligned(call.x) && (call.tokens == 1 || call.x_stride % 8 == 0);
+  a.ids = call.ids;
+  a.mix = call.mix;
+  a.choices = call.choices;
+  a.table = call.table;
+  a.adapters = call.adapters;
+  a.adapter_stride = call.adapter_stride;
+  a.chunk_share = share_of(ceil_div(call.k, Shape::kWidth), kTeam);
+  a.stages = stages_for<Shape>(share_of(most_rows(call), team), call.choices);
+  for (int j = 0; j < call.projections; ++j) {
+    const MultiLora::Projection& p = call.projection[j];
+    const bool vector = p.n % 8 == 0 && aligned(p.y);
+    a.projections[j] = {static_cast<char*>(p.y), p.layer, p.n, share_of(p.n, team), vector};
+  }
+  return a;
+}
+
+// Calls function(Shape{}) with the shape for types and a rank; false where there is none.
+template <class Function>
+bool with_multi_lora_shape(int x_type, int a_type, int rank, Function function) {
+  const auto typed = [&](auto x, auto a) {
+    constexpr int kX = decltype(x)::value, kA = decltype(a)::value;
+    if (rank <= 16) function(MultiLoraShape<kX, kA, 16>{});
+    else if (rank <= 32) function(MultiLoraShape<kX, kA, 32>{});
+    else function(MultiLoraShape<kX, kA, 64>{});
+    return true;
+  };
+  const auto with_x = [&](auto x) {
+    switch (a_type) {
+      case kFloat32: return typed(x, std::integral_constant<int, kFloat32>{});
+      case kBFloat16: return typed(x, std::integral_constant<int, kBFloat16>{});
+      case kFloat16: return typed(x, std::integral_constant<int, kFloat16>{});
+      default: return false;
+    }
+  };
+  switch (x_type) {
+    case kBFloat16: return with_x(std::integral_constant<int, kBFloat16>{});
+    case kFloat16: return with_x(std::integral_constant<int, kFloat16>{});
+    default: return false;
+  }
 }
 
 }  // namespace peft_kernels

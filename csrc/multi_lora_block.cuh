@@ -412,7 +412,7 @@ struct Target {
 template <class Shape, class Machine>
 PEFT_KERNELS_ON_MACHINE int multi_lora_down(Machine& machine, const MultiLoraArguments& a, int& asked) {
   const Place place = machine.place();
-  Round<Shape> head;
+  Round<Shape> head{};
   const TableRow adapter = head.begin(machine, a, place.token, a.projections[place.projection].layer);
   if (head.done(a)) return 0;  // in all blocks of the team
   machine.team_begin();
@@ -433,7 +433,7 @@ PEFT_KERNELS_ON_MACHINE void multi_lora_up(Machine& machine, const MultiLoraArgu
   Item item, next;
   PEFT_KERNELS_NO_UNROLL
   for (int i = 0; i < asked; ++i) next.advance(rounds, a.stages);
-  float values[Shape::kRows];
+  float values[Shape::kRows] = {};
   PEFT_KERNELS_NO_UNROLL
   for (int taken = 0; item.tile < tiles; ++taken) {
     if (next.tile < tiles && asked < taken + a.stages) {
@@ -459,7 +459,7 @@ PEFT_KERNELS_ON_MACHINE void multi_lora_up(Machine& machine, const MultiLoraArgu
 
 template <class Shape, class Machine>
 PEFT_KERNELS_ON_MACHINE void multi_lora_block(Machine& machine, const MultiLoraArguments& a) {
-  int asked;
+  int asked = 0;
   const int rounds = multi_lora_down<Shape>(machine, a, asked);
   if (rounds > 0) multi_lora_up<Shape>(machine, a, rounds, asked);
 }

@@ -155,9 +155,8 @@ multi_lora_kernel(const __grid_constant__ MultiLoraArguments a) {
   multi_lora_block<Shape>(gpu, a);
 }
 
-// Launches all tokens of at most kMostProjections projections.
 template <class Shape>
-int launch_shape(Launch launch, int64_t tokens, int projections, int most_rows, MultiLoraArguments a) {
+cudaError_t launch_shape(Launch launch, const MultiLora& call) {
   int major = 0, multiprocessors = 0;
   if (const cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, launch.device))
     return error;
@@ -165,17 +164,16 @@ int launch_shape(Launch launch, int64_t tokens, int projections, int most_rows, 
           cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, launch.device))
     return error;
   const bool clusters = major >= 9;
-  const int team = clusters ? kTeam : team_without_clusters(tokens * projections, most_rows, multiprocessors);
-  a.chunk_share = share_of(ceil_div(a.k, Shape::kWidth), kTeam);
-  for (int j = 0; j < projections; ++j) a.projections[j].share = share_of(a.projections[j].n, team);
-  a.stages = stages_for<Shape>(share_of(most_rows, team), a.choices);
-  const int bytes = Shape::shared_bytes(a.choices, a.stages);
+  const int team =
+      clusters ? kTeam : team_without_clusters(call.tokens * call.projections, most_rows(call), multiprocessors);
+  const MultiLoraArguments arguments = multi_lora_arguments<Shape>(call, team);
+  const int bytes = Shape::shared_bytes(arguments.choices, arguments.stages);
   const auto kernel = multi_lora_kernel<Shape>;
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>(team), static_cast<unsigned int>(tokens),
-                        static_cast<unsigned int>(projections));
+  config.gridDim = dim3(static_cast<unsigned int>(team), static_cast<unsigned int>(call.tokens),
+                        static_cast<unsigned int>(call.projections));
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = static_cast<cudaStream_t>(launch.stream);
@@ -184,56 +182,17 @@ int launch_shape(Launch launch, int64_t tokens, int projections, int most_rows, 
   cluster.val.clusterDim = {kTeam, 1, 1};
   config.attrs = &cluster;
   config.numAttrs = clusters ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, a);
-}
-
-template <int x_type, int a_type, class... Rest>
-int launch_typed(int rank, Rest... rest) {
-  if (rank <= 16) return launch_shape<MultiLoraShape<x_type, a_type, 16>>(rest...);
-  if (rank <= 32) return launch_shape<MultiLoraShape<x_type, a_type, 32>>(rest...);
-  return launch_shape<MultiLoraShape<x_type, a_type, 64>>(rest...);
-}
-
-template <int x_type, class... Rest>
-int launch_for(int a_type, Rest... rest) {
-  switch (a_type) {
-    case kFloat32: return launch_typed<x_type, kFloat32>(rest...);
-    case kBFloat16: return launch_typed<x_type, kBFloat16>(rest...);
-    case kFloat16: return launch_typed<x_type, kFloat16>(rest...);
-    default: return cudaErrorInvalidValue;
-  }
+  return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
 }  // namespace
 
 int launch_multi_lora_linear(Launch launch, const MultiLora& call) {
-  if (call.tokens < 1 || call.tokens > kMostTokens || call.k < 1 || call.choices < 1 || call.choices > kMostChoices)
-    return cudaErrorInvalidValue;
-  if (call.projections < 1 || call.projections > kMostProjections) return cudaErrorInvalidValue;
-  if (!is_aligned(call.table, 16)) return cudaErrorMisalignedAddress;
+  if (!multi_lora_fits(call)) return cudaErrorInvalidValue;
   if (const cudaError_t error = use_device(launch.device)) return error;
-  MultiLoraArguments a{};
-  a.x = static_cast<const char*>(call.x);
-  a.x_stride = call.x_stride;
-  a.k = call.k;
-  a.x_vector = call.k % 8 == 0 && is_aligned(call.x, 16) && (call.tokens == 1 || call.x_stride % 8 == 0);
-  a.ids = call.ids;
-  a.mix = call.mix;
-  a.choices = call.choices;
-  a.table = call.table;
-  a.adapters = call.adapters;
-  a.adapter_stride = call.adapter_stride;
-  int most_rows = 0;
-  for (int j = 0; j < call.projections; ++j) {
-    const MultiLora::Projection& p = call.projection[j];
-    a.projections[j] = {static_cast<char*>(p.y), p.layer, p.n, 0, p.n % 8 == 0 && is_aligned(p.y, 16)};
-    most_rows = p.n > most_rows ? p.n : most_rows;
-  }
-  const auto chosen = call.x_type == kBFloat16  ? launch_for<kBFloat16, int, Launch, int64_t, int, int, MultiLoraArguments>
-                      : call.x_type == kFloat16 ? launch_for<kFloat16, int, Launch, int64_t, int, int, MultiLoraArguments>
-                                                : nullptr;
-  if (chosen == nullptr) return cudaErrorInvalidValue;
-  const int error = chosen(call.a_type, call.rank, launch, call.tokens, call.projections, most_rows, a);
+  cudaError_t error = cudaErrorInvalidValue;
+  with_multi_lora_shape(call.x_type, call.a_type, call.rank,
+                        [&](auto shape) { error = launch_shape<decltype(shape)>(launch, call); });
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }
