@@ -44,6 +44,7 @@ bench: setup
 	-$(BIN)/python -m benchmarks.host_time --json "$(RESULTS)/host_time.json"
 	-$(BIN)/python -m benchmarks.block_memory --json "$(RESULTS)/block_memory.json"
 	-$(BIN)/python -m benchmarks.nf4_time --json "$(RESULTS)/nf4_time.json"
+	-$(BIN)/python -m benchmarks.multi_time --json "$(RESULTS)/multi_time.json"
 	$(BIN)/python -m benchmarks.report "$(RESULTS)"/bench_*.json
 	$(BIN)/python -m benchmarks.charts "$(RESULTS)/bench_sweep.json"
 
