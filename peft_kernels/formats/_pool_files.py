@@ -164,7 +164,8 @@ def pack(where: str, factors: Mapping[str, Factors], sizes: Sizes, dtype: torch.
             r, k = f.A.shape
             _view(blob, lora_A, r, k).copy_(f.A)
             _view(blob, lora_B, f.B.shape[0], _up(r, PAGE))[:, :r].copy_(f.B)
-    if not blob.isfinite().all():
+    low, high = torch.aminmax(blob)  # a tenth of the time of isfinite; NaN comes through
+    if not (low > -math.inf and high < math.inf):
         raise ValueError(_not_finite(where, factors, dtype))
     return Packed(layout, blob)
 

@@ -352,6 +352,9 @@ class AdapterPool:
             f"{s.bytes_used:,} of {s.budget:,} bytes, {self.dtype}, {self.device})"
         )
 
+    def __copy__(self) -> AdapterPool:
+        return self
+
     def __deepcopy__(self, memo: dict) -> AdapterPool:
         return self
 

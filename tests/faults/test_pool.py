@@ -141,6 +141,18 @@ def test_tensors_that_do_not_fit(error, source, options, mentions):
     assert state(pool) == before
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_one_value_anywhere_that_is_not_finite(dtype, value):
+    pool = AdapterPool(SIZES, budget=4 * SMALL, dtype=dtype)
+    for i in range(24):
+        adapter = drawn(9, i)
+        adapter.factors["down"][i % 2].view(-1)[37 * i % 140] = value
+        with pytest.raises(ValueError, match=f"{'AB'[i % 2]} of 'down' holds non-finite"):
+            put(pool, "a", adapter)
+    assert len(pool) == 0
+
+
 class TestRoom:
     def pool(self, **options) -> AdapterPool:
         pool = AdapterPool(SIZES, budget=3 * SMALL, **options)

@@ -181,6 +181,19 @@ class TestMemory:
         assert pool.stats().evictions == 2
         assert_rows(pool, ["wide", "c"], adapters, pool.ids(["wide", "c"]))
 
+    def test_what_is_asked_for_together_may_be_moved(self):
+        """Two adapters that lie apart do not keep a third from the free bytes around them."""
+        pool = pool_of(4)
+        adapters = {"wide": put(pool, "wide", drawn(16, 9))}
+        pool.evict("wide")
+        for i, name in enumerate("axby"):
+            adapters[name] = put(pool, name, drawn(8, i))
+        for name in "xy":
+            pool.remove(name)
+        with pool.use(["a", "b", "wide"]) as ids:
+            assert_rows(pool, ["a", "b", "wide"], adapters, ids)
+        assert (pool.stats().compactions, pool.stats().evictions) == (1, 3)
+
 
 class TestResidency:
     def test_the_least_recently_used_goes(self):
@@ -493,7 +506,7 @@ class TestForModel:
 class TestModes:
     def test_copies_share_the_pool_and_pickles_are_refused(self):
         pool = pool_of(2)
-        assert copy.deepcopy({"pool": pool})["pool"] is pool
+        assert copy.copy(pool) is copy.deepcopy({"pool": pool})["pool"] is pool
         with pytest.raises(TypeError, match="cannot be pickled"):
             pickle.dumps(pool)
 
