@@ -30,7 +30,8 @@ void linear(int device, uintptr_t stream, int64_t tokens, int k, int rank, int x
   MultiLora call{tokens, k, choices, static_cast<int>(projections.size()), rank, x_type, a_type,
                  pointer<void>(x), x_stride, pointer<const int64_t>(ids), pointer<const float>(mix),
                  pointer<const int64_t>(table), adapters, adapter_stride, {}};
-  if (projections.size() > std::size(call.projection)) throw std::invalid_argument("multi_lora_linear: too many layers");
+  if (projections.size() > std::size(call.projection))
+    throw std::invalid_argument("multi_lora_linear: too many layers");
   for (std::size_t j = 0; j < projections.size(); ++j)
     call.projection[j] = {pointer<void>(std::get<0>(projections[j])), std::get<1>(projections[j]),
                           std::get<2>(projections[j])};

@@ -1,8 +1,8 @@
 // How the work of the multi-adapter decode kernel is divided: what the host, the device and the tests agree on.
 //
-// y_j[m] += sum over i of w[m, i] s_a (x[m] A_aj^T) B_aj^T with a = ids[m, i]. A *team* of blocks serves one token in one
-// projection. Each block has a range of rows of B, and so of y. From sm_90 on a team is a cluster of 8 blocks that also
-// divide the columns of A and send each other what they summed; before, each block of a team reads all of A.
+// y_j[m] += sum over i of w[m, i] s_a (x[m] A_aj^T) B_aj^T with a = ids[m, i]. A *team* of blocks serves one token in
+// one projection. Each block has a range of rows of B, and so of y. From sm_90 on a team is a cluster of 8 blocks that
+// also divide the columns of A and send each other what they summed; before, each block of a team reads all of A.
 //
 // Adapters come in *rounds* of at most `bucket` ranks: choice after choice, and of each its ranks from 0 on. A range of
 // rows comes in *tiles*. All sums have one order, which depends neither on the bucket nor on other tokens.
@@ -68,8 +68,8 @@ struct Range {
 
 PEFT_KERNELS_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// What each of `parts` takes of `count`, in multiples of 8 (a line of memory in chunks, 16 bytes in rows of y): the last
-// ones take less, or nothing.
+// What each of `parts` takes of `count`, in multiples of 8 (a line of memory in chunks, 16 bytes in rows of y): the
+// last ones take less, or nothing.
 PEFT_KERNELS_HOST_DEVICE int share_of(int count, int parts) { return ceil_div(ceil_div(count, parts), 8) * 8; }
 
 PEFT_KERNELS_HOST_DEVICE Range part_of(int count, int part, int share) {
@@ -107,8 +107,8 @@ struct MultiLoraShape {
     return stages_at(choices) + stages * kStage;
   }
 
-  // Where a unit of a tile lies in shared memory, so that neither consecutive units nor one unit of the rows of 8 threads
-  // share a bank.
+  // Where a unit of a tile lies in shared memory, so that neither consecutive units nor one unit of the rows of 8
+  // threads share a bank.
   static PEFT_KERNELS_HOST_DEVICE int place(int row, int unit) {
     constexpr int shift = kRows * kUnits <= 8 ? 3 : kRows * kUnits == 16 ? 4 : 5;
     static_assert(kRows * kUnits <= 32 && (kThreads >> shift) % 8 == 0, "a shift for each, and a period of kThreads");

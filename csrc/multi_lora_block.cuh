@@ -1,5 +1,5 @@
-// What a block of the multi-adapter decode kernel does, in terms of a *machine*: the device's (multi_lora_linear.cu), or
-// the tests', which runs the threads of a cluster on the host. multi_lora.h says how the work is divided.
+// What a block of the multi-adapter decode kernel does, in terms of a *machine*: the device's (multi_lora_linear.cu),
+// or the tests', which runs the threads of a cluster on the host. multi_lora.h says how the work is divided.
 //
 // Everything that is known early is asked for early: the first tile of B and y goes to shared memory by asynchronous
 // copies before A is read. (Loads to registers would sink below the exchange; copies stay where they are written.)
@@ -59,8 +59,8 @@ struct alignas(16) Panel {
   int stride, ranks;
 };
 
-// A round: ranks from `rank` on of a choice, whose adapter has `r`. `number` counts the rounds of a token. The adapter is
-// looked up again for each round: kept in registers it would cost the loads of A their own.
+// A round: ranks from `rank` on of a choice, whose adapter has `r`. `number` counts the rounds of a token. The adapter
+// is looked up again for each round: kept in registers it would cost the loads of A their own.
 template <class Shape>
 struct Round {
   int choice, rank, number, r;
@@ -152,7 +152,8 @@ PEFT_KERNELS_ON_MACHINE float add_lanes(Machine& machine, const float (&sums)[co
   }
 }
 
-// sums[q] += x A^T of `steps` chunks of a lane, for the ranks of its warp; `last` is the last of them that is there.
+// sums[q] += x A^T of `steps` chunks of a lane, for the ranks of its warp; `last` is the last of them that is there, and
+// read once more in place of those that are not: a load under a condition would come with its own wait.
 template <class Shape, int steps, class Machine>
 PEFT_KERNELS_ON_MACHINE void multiply_chunks(Machine& machine, const char* A, int64_t stride, int last, const char* x,
                                              float (&sums)[Shape::kWarpRanks]) {
@@ -226,7 +227,8 @@ PEFT_KERNELS_ON_MACHINE float shrink(Machine& machine, const MultiLoraArguments&
   return add_lanes<kRanks, 16>(machine, sums);
 }
 
-// Sends a warp's sums to all blocks of the cluster, a lane to one block, and adds theirs: thread j has the sum of rank j.
+// Sends a warp's sums to all blocks of the cluster, a lane to one block, and adds theirs: thread j has the sum of rank
+// j.
 template <class Shape, class Machine>
 PEFT_KERNELS_ON_MACHINE float exchange(Machine& machine, const Round<Shape>& round, float sum) {
   constexpr int bucket = Shape::bucket, kLanes = 32 / Shape::kWarpRanks;
@@ -248,8 +250,8 @@ PEFT_KERNELS_ON_MACHINE float exchange(Machine& machine, const Round<Shape>& rou
   return total;
 }
 
-// Stores the coefficients of all rounds, w s_a (x A^T): the sums over the whole of K, scaled in float32. And their panels;
-// returns how many there are.
+// Stores the coefficients of all rounds, w s_a (x A^T): the sums over the whole of K, scaled in float32. And their
+// panels; returns how many there are.
 template <class Shape, class Machine>
 PEFT_KERNELS_ON_MACHINE int make_coefficients(Machine& machine, const MultiLoraArguments& a, Round<Shape> round,
                                               TableRow adapter) {
@@ -261,8 +263,9 @@ PEFT_KERNELS_ON_MACHINE int make_coefficients(Machine& machine, const MultiLoraA
     const float sum = shrink<Shape>(machine, a, round, adapter.A, adapter.A_stride);
     const Place place = machine.place();
     float scale = adapter.scaling;
+    const int64_t mixed = static_cast<int64_t>(place.token) * a.choices + round.choice;
     if (a.mix != nullptr)
-      scale *= load_number<kFloat32>(machine, reinterpret_cast<const char*>(a.mix), static_cast<int64_t>(place.token) * a.choices + round.choice);
+      scale *= bits_to_float(machine.template load<uint32_t>(a.mix + mixed));
     const int to = Shape::kCoefficients + round.number * bucket * 4;
     if constexpr (Machine::kClusters) {
       const float total = exchange<Shape>(machine, round, sum);
@@ -371,7 +374,8 @@ PEFT_KERNELS_ON_MACHINE void store_y(Machine& machine, bool vector, char* y, Ran
       machine.template store<uint16_t>(y + (row + i) * 2LL, static_cast<uint16_t>(word >> (16 * i)));
 }
 
-// The parts of a token in a projection that this block has, `tiles` times `rounds`, in the order in which they are added.
+// The parts of a token in a projection that this block has, `tiles` times `rounds`, in the order in which they are
+// added.
 struct Item {
   int tile = 0, round = 0, stage = 0;
   PEFT_KERNELS_ON_MACHINE void advance(int rounds, int stages) {
@@ -407,8 +411,8 @@ struct Target {
   }
 };
 
-// The first half: asks for the first tiles and makes the coefficients. Returns how many rounds there are, and in `asked`
-// how many tiles were asked for.
+// The first half: asks for the first tiles and makes the coefficients. Returns how many rounds there are, and in
+// `asked` how many tiles were asked for.
 template <class Shape, class Machine>
 PEFT_KERNELS_ON_MACHINE int multi_lora_down(Machine& machine, const MultiLoraArguments& a, int& asked) {
   const Place place = machine.place();

@@ -1,9 +1,10 @@
-// y_j[m] += sum over i of w[m, i] s_a (x[m] A_aj^T) B_aj^T with a = ids[m, i], for the decode step of many adapters: one
-// launch for all tokens and all projections, ids in any order, no scratch memory, no atomics, nothing read by the host.
+// y_j[m] += sum over i of w[m, i] s_a (x[m] A_aj^T) B_aj^T with a = ids[m, i], for the decode step of many adapters:
+// one launch for all tokens and all projections, ids in any order, no scratch memory, no atomics, nothing read by the
+// host.
 //
 // Floor, K = N = 4096, r = 16, bfloat16: A and B of each token's adapter once, 256 KiB, and y twice: 16 MiB for 64
-// distinct adapters, 4.1 us at 4.3 TB/s and the launch; 67 MB for 256, 15.7 us. PREDICTED, never measured (H200): 1 token
-// 4.5-5 us, 16 tokens 5.5-6, 64 tokens 8.8-9.5, 256 tokens 22-24. Never run on a GPU.
+// distinct adapters, 4.1 us at 4.3 TB/s, and the launch; 67 MB for 256, 16.6 us. PREDICTED by arithmetic, never measured
+// (H200): 1 token 5-5.5 us, 16 tokens 5.5-6.5, 64 tokens 9-10.5, 256 tokens 23-26. Never run on a GPU.
 //
 // How the work is divided: multi_lora.h. What a block does: multi_lora_block.cuh.
 #include <type_traits>
@@ -19,7 +20,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The machine of multi_lora_block.cuh. Loads are volatile and no `ld.global.nc`: those the compiler moves below barriers.
+// The machine of multi_lora_block.cuh. Loads are volatile and no `ld.global.nc`: those the compiler moves below
+// barriers.
 struct Gpu {
 #if __CUDA_ARCH__ >= 900
   static constexpr bool kClusters = true;

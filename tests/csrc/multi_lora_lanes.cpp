@@ -326,9 +326,9 @@ int run_all(const MultiLora& call, int team, const std::vector<Region>& regions,
 
 }  // namespace
 
-// numbers: tokens, k, choices, rank, x type, a type, row stride of x, adapters, adapter stride, blocks of a team without
-// clusters (0: clusters), whether copies and messages come late, seed. Of a projection: layer, n. Returns a Fault, or -1
-// where the kernel cannot be launched.
+// numbers: tokens, k, choices, rank, x type, a type, row stride of x, adapters, adapter stride, blocks of a team
+// without clusters (0: clusters), whether copies and messages come late, seed. Of a projection: layer, n. Returns a
+// Fault, or -1 where the kernel cannot be launched.
 extern "C" int multi_lora(const int64_t* numbers, const void* x, const int64_t* ids, const float* mix,
                           const int64_t* table, int projections, void* const* ys, const int64_t* sizes, int regions,
                           const void* const* bases, const int64_t* bytes, int32_t* const* reads) {
