@@ -174,10 +174,10 @@ def test_the_host_reads_no_id(monkeypatch):
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(_launch, "launch", lambda kernel, *_, **options: launched.append(kernel.__name__))
     x, grad_y, weight = (_meta(*shape, dtype=BF16) for shape in ((8192, K), (8192, N), (N, K)))
-    rows = _meta(64, 5, 4, dtype=torch.int64)
+    rows = _meta(8, 5, 4, dtype=torch.int64)
     adapters = PoolAdapters(_meta(1 << 20, dtype=BF16), rows, rows, [2, 3], [(N, K)] * 2, [16, 40])
     ids, seeds = _meta(8192, 1, dtype=torch.int64), _meta(2, dtype=torch.int64)
-    arguments = (adapters, ids, None, [0.1] * 64, seeds)
+    arguments = (adapters, ids, None, [0.1] * 8, seeds)
     ys, ss = multi_lora_linear.forward(x, [weight] * 2, [None] * 2, *arguments, True)
     assert [y.shape for y in ys] == [(8192, N)] * 2
     assert [s.shape for s in ss] == [(8192, 1, 16), (8192, 1, 40)]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_kernels import explain, use_backend
+from peft_kernels import explain, functional, use_backend
 from peft_kernels.formats.adapter_table import AdapterLists
 from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.formats.pool import AdapterPool
 from peft_kernels.kernels.reference import nf4_dequantize, philox_dropout
 from peft_kernels.kernels.triton import _launch, multi_lora_linear
 from peft_kernels.ops.multi_lora_linear import Problem as Dispatched
@@ -25,6 +26,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 F16, F32 = torch.float16, torch.float32
 MIXED = (1, 8, 64, 96)
+
+
+@pytest.fixture(autouse=True)
+def _gemms_take_the_step_along(monkeypatch) -> None:
+    """With however few rows."""
+    monkeypatch.setattr(multi_lora_linear, "LEAST_FUSED", 0)
 
 
 @pytest.fixture
@@ -120,6 +127,27 @@ def test_over_four_bits(monkeypatch):
     assert_within_rounding(problem, problem.run())
     assert launched.count("_multi_update") == 2
     assert "_multi_gemm" not in launched
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["gemm", "update"])
+def test_a_pool_gives_the_bits_of_lists(fused, monkeypatch):
+    """Adapters of ranks that fill no page, a slot that is empty; gradients of x alone."""
+    monkeypatch.setattr(multi_lora_linear, "LEAST_FUSED", 0 if fused else 1 << 30)
+    problem = MultiLoraProblem(25, 40, 24, (5, 8, 3), dtype=F16, dropout_p=0.3)
+    problem.freeze_all_but("x")
+    y, grads = problem.run()
+    pool = AdapterPool({"q": (24, 40)}, budget=1 << 20, slots=4, dtype=F16)
+    names = ["a", "b", "c"]
+    for adapter, name in enumerate(names):
+        factors = tuple(problem.tensors[f"lora_{side}s.{adapter}"].detach() for side in "AB")
+        pool.load(name, {"q": factors}, scaling=problem.scalings[adapter])
+    ids = pool.ids([(*names, "__base__")[a] for a in problem.choices.flatten().tolist()])
+    t = problem.tensors
+    pooled = functional.multi_lora_linear(
+        t["x"], t["weight"], pool.layer("q"), None, ids, bias=t["bias"], dropout_p=0.3, seed=problem.seed
+    )
+    assert torch.equal(pooled, y)
+    assert torch.equal(torch.autograd.grad(pooled, t["x"], problem.grad_y)[0], grads["x"])
 
 
 class GroupProblem(Problem):
@@ -227,6 +255,37 @@ def test_ids_out_of_range_are_no_adapter():
     assert s[ids.squeeze(1) > 1].eq(0).all()
 
 
+def test_places_without_an_adapter_are_zero():
+    """Whatever their weights and rows."""
+    x, grad_y = torch.full((25, 8), float("nan")), torch.full((25, 6), float("nan"))
+    call = _call(x, [torch.ones(2, 8)] * 3, [torch.ones(6, 2)] * 3)
+    call.mix = torch.full((25, 1), float("nan"))
+    grad_s, grad_mix = call.grad_s(grad_y, 0, call.s(x, 0))
+    for result in (call.s(x, 0), grad_s, grad_mix):
+        assert result[IDS.squeeze(1) < 0].eq(0).all()
+
+
+@pytest.mark.parametrize(("k", "dtype", "wide"), [(40, F16, True), (36, F16, False), (36, F32, True)], ids=str)
+def test_which_factors_are_read_16_bytes_at_a_time(k, dtype, wide):
+    """All of a layer, or none: every row begins at 16 bytes, and for B ranks fill 8, or a pool's page."""
+    from peft_kernels.kernels.triton._multi_table import factors
+
+    pool = AdapterPool({"q": (24, k)}, budget=1 << 20, slots=2, dtype=dtype)
+    pool.load("a", {"q": (torch.randn(5, k), torch.randn(24, 5))}, scaling=1.0)
+    pooled = pool.adapters([pool.layer("q")])
+    for lora_b in (False, True):
+        assert factors(pooled, pooled.table(torch.device("cpu")), 0, lora_b=lora_b).wide == (lora_b or wide)
+    whole = torch.zeros(16 * k + 1, dtype=dtype)
+    shifted = [whole[:-1].view(16, k), whole[1:].view(16, k)]
+    for lora_As, ranks, expected in ((shifted[:1], (16,), (wide, True)), (shifted, (16, 16), (False, True)),
+                                     ([shifted[0][:5]], (5,), (wide, False))):  # fmt: skip
+        lora_Bs = [torch.zeros(24, r, dtype=dtype) for r in ranks]
+        count = len(ranks)
+        lists = AdapterLists(lora_As, lora_Bs, [0] * count, list(range(count)), [1.0] * count, [max(ranks)], count)
+        table = lists.table(torch.device("cpu"))
+        assert tuple(factors(lists, table, 0, lora_b=lora_b).wide for lora_b in (False, True)) == expected
+
+
 def _lists(problem: MultiLoraProblem) -> AdapterLists:
     lora_As, lora_Bs = ([t.detach() for t in problem.factors(problem.tensors, name)] for name in ("lora_As", "lora_Bs"))
     count = len(lora_As)
@@ -250,6 +309,15 @@ def test_number_of_launches(per_row, monkeypatch):
         "_multi_down_projection", expand, "_multi_down_projection", expand, *["_multi_sum_over_rows"] * 2
     ]  # fmt: skip
     assert launched.count("_add_planes") == 2
+
+
+def test_few_rows_of_each_adapter_leave_the_base_product_alone(monkeypatch):
+    monkeypatch.setattr(multi_lora_linear, "LEAST_FUSED", 16)
+    for rows, expand in ((18, "_multi_gemm"), (16, "_multi_update")):
+        problem = MultiLoraProblem(rows, 40, 24, (3, 8), dtype=F16, dropout_p=0.3)
+        launched = _launches(monkeypatch)
+        assert_within_rounding(problem, problem.run())
+        assert launched.count(expand) == 2
 
 
 def test_a_few_rows_without_gradients_are_not_sorted(monkeypatch):

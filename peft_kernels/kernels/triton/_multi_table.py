@@ -48,7 +48,7 @@ class Factors(NamedTuple):
 
 
 def factors(adapters: Adapters, table: Table, projection: int, *, lora_b: bool) -> Factors:
-    wide = isinstance(adapters, PoolAdapters) or _are_wide(adapters, projection, lora_b)
+    wide = _are_wide(adapters, projection, lora_b)
     dtype = adapters.dtype
     if dtype is None:
         raise ValueError("a table without adapters has no factors")
@@ -56,6 +56,8 @@ def factors(adapters: Adapters, table: Table, projection: int, *, lora_b: bool) 
 
 
 def _are_wide(adapters: Adapters, projection: int, lora_b: bool) -> bool:
+    if isinstance(adapters, PoolAdapters):  # whose pages hold whole steps of ranks; rows of A have K numbers
+        return lora_b or adapters.sizes[projection][1] * adapters.dtype.itemsize % 16 == 0
     for factor, output in zip(adapters.lora_Bs if lora_b else adapters.lora_As, adapters.outputs, strict=True):
         if output == projection:
             step = RANK_STEP if lora_b else 1

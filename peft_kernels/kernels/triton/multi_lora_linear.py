@@ -3,13 +3,14 @@ that the op can be captured in a CUDA graph, as `composed` cannot.
 
 A few rows without gradients (decode): the base product, then one launch for all projections (`_multi_decode`). Else the
 rows are sorted by adapter, once for all projections, and each projection takes S = drop(x) A_aᵀ, then y as one grouped
-GEMM with an extra K step; over 4 bits, or with several adapters per row, the base product and `_multi_update`.
-Backward, for each projection: dS, dX likewise in one accumulator with what the projections before it gave, dA and dB by
-walking each adapter's rows. dW and dbias, rarely wanted, are PyTorch's. One launch per projection, not per group.
+GEMM with an extra K step; over 4 bits, with several adapters per row, or with too few rows of each adapter to fill
+tiles, the base product and `_multi_update`. Backward, for each projection: dS, dX likewise, added to what the
+projections before it gave, dA and dB by walking each adapter's rows. dW and dbias, rarely wanted, are PyTorch's. One
+launch per projection, not per group.
 
-Floor, bf16, r=16, K=N=4096, H200: 4096 tokens of 64 adapters 186 us forward (the delta alone 23); 8192 rows of 8
-adapters, training, 365 us forward, 397 us backward. Predicted 225-285, 430-530 and 470-580. Compiled for sm_80, sm_90
-and sm_100 and interpreted on the CPU; never run on a GPU yet (docs/kernels.md).
+Floor, bf16, r=16, K=N=4096, H200: 4096 tokens of 64 adapters, 200 us forward, of which the delta 26; 8192 rows of 8
+adapters, training, 365 us forward and 397 us backward. Predicted 250-290, 490-590 and 550-660. Compiled for sm_80,
+sm_90 and sm_100 and interpreted on the CPU; never run on a GPU yet (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from peft_kernels.kernels.triton._measured import unproven as _unproven
 
 # Choices of all rows up to which sorting costs more than reading an adapter once for each row that chose it.
 MOST_DECODED = 256
+# Rows of an adapter on average from which the GEMM takes the low-rank step along: the tiles that an adapter's last rows
+# leave half empty, 64 rows of work for each adapter, then cost less than the second pass over y.
+LEAST_FUSED = 1024
 
 
 def unsupported(problem) -> str | None:
@@ -83,7 +87,7 @@ class _Call:
         """The configuration with which the base product takes the low-rank step along; None where it does not."""
         from peft_kernels.kernels.triton._multi_gemm import config_of
 
-        if isinstance(weight, NF4Weight) or self.places.per_row != 1:
+        if isinstance(weight, NF4Weight) or self.places.per_row != 1 or self.places.rows_each < LEAST_FUSED:
             return None
         return config_of(x, n, self.adapters.widths[j], self.places.rows_each, dropout)
 
