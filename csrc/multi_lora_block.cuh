@@ -152,8 +152,8 @@ PEFT_KERNELS_ON_MACHINE float add_lanes(Machine& machine, const float (&sums)[co
   }
 }
 
-// sums[q] += x A^T of `steps` chunks of a lane, for the ranks of its warp; `last` is the last of them that is there, and
-// read once more in place of those that are not: a load under a condition would come with its own wait.
+// sums[q] += x A^T of `steps` chunks of a lane, for the ranks of its warp; `last` is the last of them that is there. It
+// is read once more in place of those that are not: loads under conditions would be issued after the first sums.
 template <class Shape, int steps, class Machine>
 PEFT_KERNELS_ON_MACHINE void multiply_chunks(Machine& machine, const char* A, int64_t stride, int last, const char* x,
                                              float (&sums)[Shape::kWarpRanks]) {

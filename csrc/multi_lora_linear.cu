@@ -3,8 +3,8 @@
 // host.
 //
 // Floor, K = N = 4096, r = 16, bfloat16: A and B of each token's adapter once, 256 KiB, and y twice: 16 MiB for 64
-// distinct adapters, 4.1 us at 4.3 TB/s, and the launch; 67 MB for 256, 16.6 us. PREDICTED by arithmetic, never measured
-// (H200): 1 token 5-5.5 us, 16 tokens 5.5-6.5, 64 tokens 9-10.5, 256 tokens 23-26. Never run on a GPU.
+// distinct adapters, 4.1 us at 4.3 TB/s, and the launch; 67 MB for 256, 16.6 us. PREDICTED by arithmetic, never
+// measured (H200): 1 token 5-5.5 us, 16 tokens 5.5-6.5, 64 tokens 9-10.5, 256 tokens 23-26. Never run on a GPU.
 //
 // How the work is divided: multi_lora.h. What a block does: multi_lora_block.cuh.
 #include <type_traits>

@@ -25,7 +25,7 @@ FAULTS = (
 class Lanes:
     def __init__(self, folder: Path) -> None:
         target = folder / "multi_lora_lanes.so"
-        command = [COMPILER, *FLAGS, f"-I{CSRC}", str(Path(__file__).with_suffix(".cpp")), "-o", str(target)]
+        command = [str(COMPILER), *FLAGS, f"-I{CSRC}", str(Path(__file__).with_suffix(".cpp")), "-o", str(target)]
         subprocess.run(command, check=True)
         self.library = ctypes.CDLL(str(target))
 
@@ -35,7 +35,7 @@ class Lanes:
     ) -> list[Tensor]:  # fmt: skip
         """y_j += the updates, as `kernels.cuda.multi_lora_linear.add_updates` launches them. `factors`: tensors whose
         reads are counted; the counts of their elements are returned. `team`: blocks where there are no clusters."""
-        table = adapters.table(torch.device("cpu"))
+        table, dtype = adapters.table(torch.device("cpu")), adapters.dtype or x.dtype
         counted = list(factors or [])
         read_only = [x, ids, table.rows, *([] if mix is None else [mix]), *ys]
         if factors is None:
@@ -44,7 +44,7 @@ class Lanes:
         counts = [torch.zeros(size, dtype=torch.int32) for _, size in extents[: len(counted)]]
         numbers = [
             x.shape[0], x.shape[1], ids.shape[1], max(adapters.widths) if rank is None else rank,
-            _native.DTYPES[x.dtype], _native.DTYPES[adapters.dtype], x.stride(0), table.rows.shape[0],
+            _native.DTYPES[x.dtype], _native.DTYPES[dtype], x.stride(0), table.rows.shape[0],
             table.rows.stride(0), team, int(late), seed,
         ]  # fmt: skip
         sizes = [size for y, layer in zip(ys, table.layers, strict=True) for size in (layer, y.shape[1])]
