@@ -18,7 +18,7 @@ from tests.integrations.blocks import PROJECTIONS, Attention
 from tests.integrations.models import TARGETS, bert, features, gpt2, llama, tokens, toy, transformer
 
 # Not in order, not together, with a sample for the base model; "narrow" is not in every layer.
-NAMES = ["wide", "default", "__base__", "narrow", "default", "wide"]
+NAMES = ["narrow", "wide", "default", "__base__", "default", "wide"]
 
 
 def add(model: nn.Module, name: str, **config) -> None:
