@@ -9,7 +9,7 @@ projections before it gave, dA and dB by walking each adapter's rows. dW and dbi
 launch per projection, not per group.
 
 Floor, bf16, r=16, K=N=4096, H200: 4096 tokens of 64 adapters, 200 us forward, of which the delta 26; 8192 rows of 8
-adapters, training, 365 us forward and 397 us backward. Predicted 250-290, 490-590 and 550-660. Compiled for sm_80,
+adapters, training, 365 us forward and 397 us backward. Predicted 235-280, 480-580 and 530-650. Compiled for sm_80,
 sm_90 and sm_100 and interpreted on the CPU; never run on a GPU yet (docs/kernels.md).
 """
 
