@@ -83,8 +83,10 @@ class AdapterPool:
 
     On a GPU, work goes to the current stream of the calling thread, nothing waits for the GPU, and `prefetch` uses a
     stream of its own. Ids are for the stream that was current when they were asked for; other streams that read the
-    pool must be joined with it (`wait_stream`) before the block ends. While a graph is captured, methods that bring in
-    or evict adapters raise RuntimeError. On a CPU everything is synchronous, `prefetch` too.
+    pool must be joined with it (`wait_stream`) before the block ends. On a stream that captures a graph, methods that
+    bring in or evict adapters raise RuntimeError, and other threads must leave the pool alone meanwhile. A graph is for
+    ids that stay: of pinned adapters, which a replacement reaches, or of a `use` block around the replays, which it
+    does not. On a CPU everything is synchronous, `prefetch` too.
 
     A pool that is loaded or evicted between a forward and its backward makes the backward raise, as any tensor does
     that is written to in place. `copy.deepcopy` of a model that uses a pool shares the pool; pickling one is refused.

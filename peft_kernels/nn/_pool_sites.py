@@ -13,6 +13,7 @@ from peft_kernels.formats.peft_config import checked_settings
 from peft_kernels.nn._layers import is_conv1d
 from peft_kernels.nn._sites import all_sites, is_linear, output_head, unwrap
 from peft_kernels.nn.lora import FusedLoRALinear
+from peft_kernels.nn.multi_lora import MultiLoRALinear
 
 _WHERE = "AdapterPool.for_model"
 
@@ -62,7 +63,7 @@ def _base_layer(module: Any) -> Any:
     """The layer whose weight an adapter goes beside, or None where the module is no linear one."""
     if any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__):
         module = module.get_base_layer()
-    return module if is_linear(module) or isinstance(module, FusedLoRALinear) else None
+    return module if is_linear(module) or isinstance(module, (FusedLoRALinear, MultiLoRALinear)) else None
 
 
 def _site(layer: Any) -> PoolSite:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 import shutil
 import statistics
@@ -14,14 +13,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import peft_kernels
 from peft_kernels import AdapterPool
 from peft_kernels.formats import _pool_device
-from peft_kernels.formats._pool_memory import Runs
 from peft_kernels.formats.adapter_table import EMPTY_ROW, ROW
 from peft_kernels.formats.pool import PoolFullError, UnknownAdapterError
 from peft_kernels.functional import multi_lora_linear, multi_lora_linear_group
@@ -35,73 +31,6 @@ SMALL = run_bytes(drawn(8, 0))
 def pool_of(adapters: float, **options) -> AdapterPool:
     """A pool with room for so many small adapters."""
     return AdapterPool(SIZES, budget=int(adapters * SMALL), **options)
-
-
-class TestRuns:
-    """The allocator against a list of bytes."""
-
-    @settings(max_examples=150, deadline=None)
-    @given(
-        size=st.integers(0, 40),
-        steps=st.lists(st.tuples(st.sampled_from("tgm"), st.integers(1, 12), st.integers(0, 50)), max_size=60),
-    )
-    def test_is_exact(self, size, steps):
-        runs, owner = Runs(size), [None] * size
-        taken: dict[int, int] = {}
-        for number, (what, length, choice) in enumerate(steps):
-            gaps = self.gaps(owner)
-            if what == "g" and taken:
-                start = sorted(taken)[choice % len(taken)]
-                runs.give(start)
-                length = taken.pop(start)
-                owner[start : start + length] = [None] * length
-            elif what == "t":
-                start = runs.take(length)
-                fitting = [(n, at) for at, n in gaps if n >= length]
-                assert start == (min(fitting)[1] if fitting else None)
-                if start is not None:
-                    taken[start] = length
-                    owner[start : start + length] = [number] * length
-            elif what == "m" and length > runs.largest:
-                taken = self.compact(runs, owner, taken, length, {s for s in taken if s % 3 == choice % 3})
-            assert runs.free_runs == self.gaps(owner)
-            assert runs.free == owner.count(None)
-            assert runs.largest == max((n for _, n in runs.free_runs), default=0)
-        for start in taken:
-            runs.give(start)
-        assert runs.free_runs == ([(0, size)] if size else [])
-
-    @staticmethod
-    def gaps(owner):
-        starts = [i for i, o in enumerate(owner) if o is None and (i == 0 or owner[i - 1] is not None)]
-        return [(s, next((i for i in range(s, len(owner)) if owner[i] is not None), len(owner)) - s) for s in starts]
-
-    @staticmethod
-    def compact(runs, owner, taken, length, fixed):
-        moves = runs.moves(length, fixed)
-        bounds = [-1, *sorted(fixed), len(owner)]
-        possible = any(owner[max(a, 0) : b].count(None) >= length for a, b in itertools.pairwise(bounds))
-        assert (moves is not None) == possible
-        for start, to, size in moves or []:
-            assert start not in fixed
-            assert to < start
-            assert taken.pop(start) == size
-            owner[to : to + size], owner[max(start, to + size) : start + size] = (
-                owner[start : start + size], [None] * min(size, start - to),
-            )  # fmt: skip
-            taken[to] = size
-        runs.apply(moves or [])
-        assert not possible or runs.largest >= length
-        return taken
-
-    def test_moves_the_fewest_bytes(self):
-        runs = Runs(40)
-        for start, size in ((0, 2), (2, 3), (5, 20), (25, 2), (27, 1), (28, 2), (30, 10)):
-            runs.take_at(start, size)
-        for start in (0, 25, 28):
-            runs.give(start)
-        # 4 free bytes lie around 1 taken one, and around 23 others.
-        assert runs.moves(4, []) == [(27, 25, 1)]
 
 
 class TestMemory:
@@ -480,7 +409,9 @@ class TestForModel:
         peft_kernels.add_lora(fused, r=2)
         peft_kernels.quantize_linears(quantised)
         both = peft.get_peft_model(base_model(), peft.LoraConfig(r=2, target_modules=["first"]))
-        for model in (fused, both, quantised, torch.compile(base_model())):
+        attached = base_model()
+        peft_kernels.attach_pool(attached, AdapterPool.for_model(attached, budget=2**14))
+        for model in (fused, both, quantised, attached, torch.compile(base_model())):
             pool = AdapterPool.for_model(model, budget=2**14)
             assert pool.sizes == sizes
         assert AdapterPool.for_model(quantised, budget=2**14).dtype == torch.bfloat16
