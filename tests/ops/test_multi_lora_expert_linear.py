@@ -74,6 +74,17 @@ def test_gradients_are_as_accurate_as_training_each_adapter_alone(backend):
     assert_as_accurate_as_eager(problem, problem.run())
 
 
+@pytest.mark.parametrize("wanted", ["x", "adapter_weights", "lora_As", "lora_Bs", "weight", "bias"])
+@EVERYWHERE
+def test_each_gradient_alone_where_rows_weigh_several(backend, wanted):
+    """What is kept of the forward pass is what this gradient needs."""
+    problem = MultiExpertProblem(ranks=(3, None, 8), per_row=2, dropout_p=0.2, orphans=1, device=backend.device)
+    problem.freeze_all_but(wanted)
+    result = problem.run()
+    assert {name.partition(".")[0] for name in result[1]} == {wanted}
+    assert_within_rounding(problem, result)
+
+
 @EVERYWHERE
 def test_one_expert_is_the_layer(backend):
     problem = MultiExpertProblem((30,), ranks=(4, None, 9), dropout_p=0.3, device=backend.device)

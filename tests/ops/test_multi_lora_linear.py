@@ -110,6 +110,17 @@ def test_gradients_of_each_adapter_are_as_accurate_as_training_it_alone(backend,
     assert_as_accurate_as_eager(problem, problem.run())
 
 
+@pytest.mark.parametrize("wanted", ["x", "adapter_weights", "lora_As", "lora_Bs", "weight", "bias"])
+@EVERYWHERE
+def test_each_gradient_alone_where_rows_weigh_several(backend, wanted):
+    """What is kept of the forward pass is what this gradient needs."""
+    problem = MultiLoraProblem(30, ranks=(3, None, 8), per_row=2, dropout_p=0.2, device=backend.device)
+    problem.freeze_all_but(wanted)
+    result = problem.run()
+    assert {name.partition(".")[0] for name in result[1]} == {wanted}
+    assert_within_rounding(problem, result)
+
+
 @EVERYWHERE
 def test_one_id_for_each_sample_or_each_row(backend):
     """The same numbers, int32 or int64; several of either."""
