@@ -18,6 +18,7 @@ from benchmarks import (
     compare,
     gate,
     memory,
+    multi_time,
     peers,
     provenance,
     quantised,
@@ -537,3 +538,19 @@ def test_report_compares_quantised_layers_with_bitsandbytes(tmp_path, capsys):
     assert "x bnb" in text
     assert "x PEFT" not in text
     assert "0.40" in text
+
+
+def test_mixed_batches_agree_with_peft_before_they_are_timed(monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setattr(multi_time, "SAMPLES", 6)
+    monkeypatch.setattr(multi_time, "SIZE", 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        for pair in multi_time.mixed_batch(2, 3, dtype, None):
+            assert pair.theirs().shape == pair.ours().shape == (6, 2, 32)
+    training = multi_time.training(3, 0.5)
+    assert [len(training.ours()), len(training.theirs())] == [7, 3]
+    ratio = dict.fromkeys(compare.Ratio._fields, 1.0)
+    assert len(multi_time.cells({**training._asdict(), **ratio})) == len(multi_time.HEADERS)
+    monkeypatch.setattr(multi_time.functional, "multi_lora_linear", lambda x, *_, **__: x)
+    with pytest.raises(AssertionError, match="they differ"):
+        multi_time.mixed_batch(2, 3, torch.float32, None)

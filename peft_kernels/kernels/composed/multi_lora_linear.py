@@ -37,8 +37,8 @@ def segments(ids: Tensor) -> list[Segment]:
         adapters, counts = torch.unique_consecutive(column[order], return_counts=True)
         ends = counts.cumsum(0)
         firsts, lasts = order[ends - counts], order[ends - 1]
-        ends_, counts_, firsts_, lasts_ = (t.tolist() for t in (ends, counts, firsts, lasts))
-        for adapter, end, count, first, last in zip(adapters.tolist(), ends_, counts_, firsts_, lasts_, strict=True):
+        # One wait for the GPU, not five.
+        for adapter, end, count, first, last in torch.stack((adapters, ends, counts, firsts, lasts), 1).tolist():
             if adapter >= 0:
                 together = last - first + 1 == count
                 rows = slice(first, last + 1) if together else order[end - count : end]
