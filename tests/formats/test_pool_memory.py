@@ -19,7 +19,7 @@ def test_is_exact(size, steps):
     runs, owner = Runs(size), [None] * size
     taken: dict[int, int] = {}
     for number, (what, length, choice) in enumerate(steps):
-        gaps = gaps(owner)
+        free = gaps(owner)
         if what == "g" and taken:
             start = sorted(taken)[choice % len(taken)]
             runs.give(start)
@@ -27,7 +27,7 @@ def test_is_exact(size, steps):
             owner[start : start + length] = [None] * length
         elif what == "t":
             start = runs.take(length)
-            fitting = [(n, at) for at, n in gaps if n >= length]
+            fitting = [(n, at) for at, n in free if n >= length]
             assert start == (min(fitting)[1] if fitting else None)
             if start is not None:
                 taken[start] = length
@@ -42,12 +42,14 @@ def test_is_exact(size, steps):
     assert runs.free_runs == ([(0, size)] if size else [])
 
 
-def gaps(owner):
+def gaps(owner: list[int | None]) -> list[tuple[int, int]]:
+    """(start, length) of the free runs."""
     starts = [i for i, o in enumerate(owner) if o is None and (i == 0 or owner[i - 1] is not None)]
     return [(s, next((i for i in range(s, len(owner)) if owner[i] is not None), len(owner)) - s) for s in starts]
 
 
 def compact(runs, owner, taken, length, fixed):
+    """What `moves` says is done on both sides, and there is a way whenever bytes suffice between two fixed runs."""
     moves = runs.moves(length, fixed)
     bounds = [-1, *sorted(fixed), len(owner)]
     possible = any(owner[max(a, 0) : b].count(None) >= length for a, b in itertools.pairwise(bounds))
