@@ -286,19 +286,24 @@ Fault Team<Shape, clusters>::run() {
   }
   std::vector<int> warps(fibers.size() / 32);
   for (std::size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
+  int held = late ? static_cast<int>(random() % blocks.size()) : -1;  // begins when the others cannot go on
   for (std::size_t ended = 0; ended < fibers.size();) {
     bool moved = false;
     std::shuffle(warps.begin(), warps.end(), random);
     for (const int warp : warps)
       for (int lane = 0; lane < 32; ++lane) {
         Fiber& f = fibers[static_cast<std::size_t>(warp) * 32 + lane];
-        if (f.ended || !ready(f)) continue;
+        if (f.ended || f.block == held || !ready(f)) continue;
         f.waits = Fiber::kRuns;
         resume(f);
         ended += f.ended;
         moved = true;
       }
     if (moved) continue;
+    if (held >= 0) {
+      held = -1;
+      continue;
+    }
     if (messages.empty()) return fault == kNone ? kDeadlock : fault;
     std::shuffle(messages.begin(), messages.end(), random);
     for (std::size_t some = 1 + random() % messages.size(); some > 0; --some) {
