@@ -17,6 +17,7 @@ from tests.problems import (
     GatedProblem,
     GroupProblem,
     MlpProblem,
+    MultiExpertProblem,
     MultiLoraProblem,
     Nf4LoraProblem,
     Nf4Problem,
@@ -36,11 +37,18 @@ MAKE = {
     "lora_embedding": lambda p, **o: EmbeddingProblem(2000, 5003, 1032, 16, **o),
     "lora_expert_linear": lambda p, **o: ExpertProblem((300, 0, 517, 183), 1032, 2056, 16, dropout_p=p, **o),
     "multi_lora_linear": lambda p, **o: MultiLoraProblem(1000, 1032, 2056, (16, 8, None, 64, 96), dropout_p=p, **o),
+    "multi_lora_expert_linear": lambda p, **o: MultiExpertProblem(
+        (300, 0, 517, 183), 1032, 2056, (16, 8, None, 64), dropout_p=p, **o
+    ),
     "nf4_linear": lambda p, **o: Nf4Problem(1000, 1032, 2056, **_without_adapters(o)),
     "nf4_lora_linear": lambda p, **o: Nf4LoraProblem(1000, 1032, 2056, 16, dropout_p=p, **o),
 }  # fmt: skip
 WITHOUT_DROPOUT = ("gated_activation", "lora_embedding", "nf4_linear")
-READ_BY_THE_HOST = {"lora_expert_linear": "the offsets", "multi_lora_linear": "the ids"}  # in composed
+READ_BY_THE_HOST = {
+    "lora_expert_linear": "the offsets",
+    "multi_lora_linear": "the ids",
+    "multi_lora_expert_linear": "both",
+}  # in composed
 # (op, backend) pairs; which backends there are is known on the GPU only.
 PAIRS = [pytest.param(op, *p.values, id=f"{op}-{p.id}", marks=p.marks) for op in MAKE for p in on_gpu(op)]
 EVERY = pytest.mark.parametrize(("op", "backend"), PAIRS, indirect=["backend"])

@@ -105,8 +105,10 @@ def test_over_four_bits(backend):
     ys = [problem.call({**problem.tensors, "weight": w}) for w in (q, functional.nf4_dequantize(q, dtype=F32))]
     results = [(y.detach(), problem.gradients(y, problem.tensors)) for y in ys]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
-    half = problem.tensors["bias"].detach().half()
-    same = [problem.call({**problem.tensors, "weight": q, "bias": bias}) for bias in (half, half.float())]
+    narrow = MultiExpertProblem(dtype=BF16, adapter_dtype=F32, device=backend.device)
+    bias = narrow.tensors["bias"].detach()
+    same = [narrow.call({**narrow.tensors, "weight": q, "bias": b}) for b in (bias, bias.float())]
+    assert same[1].dtype == BF16
     assert torch.equal(*same)
 
 
