@@ -73,7 +73,7 @@ def multi_down_projection(
     return result, None if dots is None else dots.sum(0)
 
 
-@triton.jit(do_not_specialize=["E", "count"])
+@triton.jit(do_not_specialize=["layers", "layer", "E", "count"])
 def _multi_down_projection(
     x, table, layers, layer, mix, s, out, dots, order, tiles, dropout, seed, E, count, K, W, per_row, k_per_split,
     stride_xm, stride_xk, groups,

@@ -118,7 +118,7 @@ def factored(
     return total
 
 
-@triton.jit(do_not_specialize=["tiles_m", "count"])
+@triton.jit(do_not_specialize=["layers", "layer", "tiles_m", "count"])
 def _multi_gemm(
     x, w, s, table, layers, layer, mix, bias, out, order, tiles, dropout, seed, tiles_m, count, N, K, W,
     x_strides, w_strides, stride_bias, groups,

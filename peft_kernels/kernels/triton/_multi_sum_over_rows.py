@@ -72,7 +72,7 @@ def multi_sum_over_rows(
     return out
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["layers", "layer", "count"])
 def _multi_sum_over_rows(
     low, x, planes, table, layers, layer, mix, order, cuts, dropout, seed, count, K, W, per_row,
     stride_xm, stride_xk, groups,
@@ -118,7 +118,7 @@ def _multi_sum_over_rows(
     tl.store(pointers, total, mask=ranks_in[:, None] & columns_in[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers", "layer"])
 def _add_planes(
     planes, out, table, layers, layer, firsts, starts, dropout, K, W, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -51,7 +51,7 @@ def multi_update(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "count"])
+@triton.jit(do_not_specialize=["layers", "layer", "M", "count"])
 def _multi_update(
     out, s, table, layers, layer, ids, mix, order, dropout, seed, M, count, N, W, per_row, groups,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,

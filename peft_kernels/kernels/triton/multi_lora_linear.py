@@ -15,7 +15,7 @@ sm_90 and sm_100 and interpreted on the CPU; never run on a GPU yet (docs/kernel
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,11 +60,14 @@ class _Call:
         self.table = adapters.table(like.device)
         self.places = SortedPlaces(self.ids, adapters.count)
         self.dropout = None if seeds is None else _dropout(dropout_ps, like.device)
+        self._factors: dict[tuple[int, bool], Any] = {}
 
     def factors(self, j: int, *, lora_b: bool):
         from peft_kernels.kernels.triton._multi_table import factors
 
-        return factors(self.adapters, self.table, j, lora_b=lora_b)
+        if (j, lora_b) not in self._factors:  # it looks at every adapter
+            self._factors[j, lora_b] = factors(self.adapters, self.table, j, lora_b=lora_b)
+        return self._factors[j, lora_b]
 
     def mask(self, j: int) -> tuple[Tensor | None, Tensor | None]:
         """What the kernels take as `dropout` and `seed`."""
