@@ -200,7 +200,7 @@ class TestRoom:
         put(pool, "d", drawn(4, 4))
         before = state(pool)
         with pytest.raises(PoolFullError, match=r"AdapterPool.ids: needs 2,560 bytes"):
-            pool.ids(["a", "b", "c", "d"])
+            pool.ids(["d", "c", "b", "a"])  # nor does who was used last change
         assert state(pool) == before
         assert pool.ids(["a", "b", "c"]).unique().numel() == 3
 

@@ -146,7 +146,7 @@ def launch(gpu: Gpu, pool: AdapterPool, slot: int, adapter: Drawn) -> None:
     gpu.current.work += [read_rows, read_factors]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_kernel_sees_what_is_not_its_own(monkeypatch, seed):
     gpu = play(monkeypatch, seed)
 
