@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peft_kernels.formats._device_copies import on_device
+
 WORDS = 4
 ROW = struct.Struct("<qqifii")
 """A row of the table: A, B, r, scaling, row stride of A, row stride of B."""
@@ -180,4 +182,4 @@ def _on_device(rows: bytearray, count: int, layers: int, device: torch.device) -
     if not rows:
         return torch.empty(count, layers, WORDS, dtype=torch.int64, device=device)
     host = torch.frombuffer(rows, dtype=torch.int64).view(count, layers, WORDS)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return host if device.type == "cpu" else on_device(host, bytes(rows), device)
