@@ -73,13 +73,12 @@ def multi_decode(
     # not, and the forms would differ. Left alone, ptxas spills a few bytes to fit into a smaller number of registers.
     exact = torch.float32 not in (x.dtype, dtype)
     options = {
-        "TYPE": _TYPES[dtype], "BLOCK_K": config.block_k, "num_warps": config.num_warps, "enable_fp_fusion": exact,
-        "maxnreg": _MOST_REGISTERS,
+        "TYPE": _TYPES[dtype], "num_warps": config.num_warps, "enable_fp_fusion": exact, "maxnreg": _MOST_REGISTERS,
     }  # fmt: skip
     if m <= config.rows and chunks * CHUNK <= config.ranks:
         _launch.launch(
             _multi_decode, (m, blocks), x.device, x, outs, heads, ids, mix, sizes, chunks, k, per_row, *x.stride(),
-            *rows, BLOCK_N=config.block_n, STAGES=config.num_stages, **options,
+            *rows, BLOCK_K=config.block_k, BLOCK_N=config.block_n, STAGES=config.num_stages, **options,
         )  # fmt: skip
         return
     parts = len(taken) * chunks
@@ -88,10 +87,10 @@ def multi_decode(
     )
     _launch.launch(
         _multi_shrink, (m * per_row, parts, partials.shape[0]), x.device, x, partials, heads, ids, chunks, k, per_row,
-        *x.stride(), *rows, TRIGGER=_launch.overlaps(x.device), **options,
+        *x.stride(), *rows, BLOCK_K=config.block_k, TRIGGER=_launch.overlaps(x.device), **options,
     )  # fmt: skip
     _launch.launch(
-        _multi_expand, (m, blocks), x.device, partials, outs, heads, ids, mix, sizes, chunks, partials.shape[0], k,
+        _multi_expand, (m, blocks), x.device, partials, outs, heads, ids, mix, sizes, chunks, partials.shape[0],
         per_row, *rows, BLOCK_N=config.block_n, **options, **_launch.overlapping(True, x.device),
     )  # fmt: skip
 
@@ -119,11 +118,11 @@ def _place(block, sizes, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_a):
+def _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_entry):
     """The table's entry of a row's adapter; that of adapter 0, and False, where it has none."""
     adapter = tl.load(ids + row * stride_im + choice * stride_ii)
     known = (adapter >= 0) & (adapter < count)
-    return head + tl.where(known, adapter, 0) * stride_a, known
+    return head + tl.where(known, adapter, 0) * stride_entry, known
 
 
 @triton.jit
@@ -226,7 +225,7 @@ def _factor(entry, mix, row, choice, stride_wm, stride_wi):
 @triton.jit(do_not_specialize=["chunks", "count"])
 def _multi_decode(
     x, ys, heads, ids, mix, sizes, chunks, K, per_row, stride_xm, stride_xk, stride_im, stride_ii, stride_wm, stride_wi,
-    count, stride_a,
+    count, stride_entry,
     TYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Block `program_id(1)` of row `program_id(0)` of one of ys."""
@@ -238,7 +237,7 @@ def _multi_decode(
     base = tl.load(y, mask=columns < N, other=0.0)
     total, changed = tl.zeros((BLOCK_N,), dtype=tl.float32), False
     for choice in range(per_row):
-        entry, known = _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_a)
+        entry, known = _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_entry)
         r = _rank(entry, known, chunks * _CHUNK)
         if r > 0:
             changed = True
@@ -262,7 +261,7 @@ def _multi_decode(
 @triton.jit(do_not_specialize=["chunks", "count"])
 def _multi_shrink(
     x, partials, heads, ids, chunks, K, per_row, stride_xm, stride_xk, stride_im, stride_ii, stride_wm, stride_wi,
-    count, stride_a,
+    count, stride_entry,
     TYPE: tl.constexpr, BLOCK_K: tl.constexpr, TRIGGER: tl.constexpr,
 ):  # fmt: skip
     """partials [steps of K, row, choice, projection, chunk, CHUNK]: those of chunks that the row's adapter has."""
@@ -271,7 +270,7 @@ def _multi_shrink(
     number, part, step = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, choice = (number // per_row).to(tl.int64), number % per_row
     head, rank = _at(heads, part // chunks), part % chunks * _CHUNK
-    entry, known = _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_a)
+    entry, known = _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_entry)
     r = _rank(entry, known, chunks * _CHUNK)
     if rank < r:
         a, _, row_a, _, wide, _ = _factors(entry, TYPE)
@@ -303,9 +302,9 @@ def _summed_update(
 
 @triton.jit(do_not_specialize=["chunks", "count"])
 def _multi_expand(
-    partials, ys, heads, ids, mix, sizes, chunks, steps, K, per_row, stride_im, stride_ii, stride_wm, stride_wi,
-    count, stride_a,
-    TYPE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
+    partials, ys, heads, ids, mix, sizes, chunks, steps, per_row, stride_im, stride_ii, stride_wm, stride_wi,
+    count, stride_entry,
+    TYPE: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As `_multi_decode`, from the partials of `_multi_shrink`."""
     row = tl.program_id(0).to(tl.int64)
@@ -318,7 +317,7 @@ def _multi_expand(
     parts = len(sizes) * chunks
     stride_step = tl.num_programs(0).to(tl.int64) * per_row * parts * _CHUNK
     for choice in range(per_row):
-        entry, known = _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_a)
+        entry, known = _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_entry)
         r = _rank(entry, known, chunks * _CHUNK)
         if r > 0:
             changed = True
