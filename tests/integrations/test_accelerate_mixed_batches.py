@@ -159,6 +159,11 @@ def test_projections_of_one_input_run_together_where_batch_and_dropout_are_one(f
         assert_near(model(x, adapter_names=NAMES[::-1]), rows_alone(stock, NAMES[::-1], x))
         assert_near(model(x), alone(stock, "default", x))
     assert not report.calls.ended
+    q, k = model.base_model.model.q, model.base_model.model.k
+    q(x, adapter_names=NAMES)
+    others = [*NAMES[:3], "default", *NAMES[4:]]  # the same adapters, for other rows
+    assert torch.equal(k(x, adapter_names=others), k(x.clone(), adapter_names=others))
+    assert list(report.calls.ended.values()) == ["k is called in another state than q"]
 
 
 def test_every_adapter_has_its_own_dropout(fused):
