@@ -377,7 +377,7 @@ def test_planes_are_cut_by_an_adapters_own_rows(monkeypatch):
     from peft_kernels.kernels.triton._multi_table import factors
 
     monkeypatch.setattr(_multi_sum_over_rows, "PLACES_PER_PLANE", 32)
-    problem = MultiLoraProblem(1, 24, 40, (8, 8, 8), dtype=F16)
+    problem = MultiLoraProblem(1, 24, 40, (8, 8, 8), dtype=F16, adapter_dtype=F32)
     adapters = _lists(problem)
     of_a = factors(adapters, adapters.table(torch.device("cpu")), 0, lora_b=False)
     x, low = torch.randn(300, 24, dtype=F16), torch.randn(300, 1, 8, dtype=F16)
