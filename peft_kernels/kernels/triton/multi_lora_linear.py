@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.formats._device_copies import on_device
 from peft_kernels.formats.adapter_table import PoolAdapters
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels import _base
@@ -100,7 +101,7 @@ def _dropout(dropout_ps, device: torch.device) -> Tensor:
     from peft_kernels.kernels.reference.philox_dropout import scale, threshold
 
     host = torch.tensor([(threshold(p), scale(p)) for p in dropout_ps], dtype=torch.float32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return on_device(host, struct.pack(f"{len(dropout_ps)}d", *dropout_ps), device)
 
 
 def _occupied(adapters) -> set[int]:
