@@ -115,6 +115,15 @@ def test_float32_adapters_over_a_float16_layer(form):
     _check([MultiLoraProblem(5, 72, 40, (8, 16, 4, 8), dtype=F16, adapter_dtype=F32)])
 
 
+def test_one_rounding(form):
+    """2048 + 1.0002 is nearer to 2050 than to 2048; rounded to float16 first, 1.0002 is 1, and a tie goes to 2048."""
+    a, b = torch.tensor([[1.0002]]), torch.ones(1, 1)
+    adapters, y = AdapterLists([a], [b], [0], [0], [1.0], [1], 1), torch.full((1, 1), 2048.0, dtype=F16)
+    table, ids = adapters.table(y.device), torch.zeros(1, 1, dtype=torch.int64)
+    multi_decode(torch.ones(1, 1, dtype=F16), [y], table, [1], ids, None, F32)
+    assert y.item() == 2050.0
+
+
 def test_large_rank(form):
     _check([MultiLoraProblem(1, 24, 24, (512, 8), ids=[0], dtype=F16)])
 
