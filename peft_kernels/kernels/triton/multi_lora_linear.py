@@ -15,6 +15,7 @@ sm_90 and sm_100 and interpreted on the CPU; never run on a GPU yet (docs/kernel
 
 from __future__ import annotations
 
+import struct
 from typing import Any, NamedTuple
 
 import torch
