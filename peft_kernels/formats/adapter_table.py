@@ -63,6 +63,7 @@ class AdapterLists:
         self.lora_As, self.lora_Bs, self.outputs, self.adapters = lora_As, lora_Bs, outputs, adapters
         self.scalings, self.widths, self.count = scalings, widths, count
         self._places: dict[tuple[int, int], int] | None = None
+        self._ranks: list[int] = []  # of the As, as far as they are known
 
     def append(self, output: int, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scalings, ranks) -> None:
         """Takes up a projection in which every adapter has something; `ranks`: of its As."""
@@ -71,6 +72,7 @@ class AdapterLists:
         self.outputs += [output] * len(ranks)
         self.adapters += range(len(ranks))
         self.scalings += scalings
+        self._ranks += ranks
         self.widths[output] = max(1, *ranks)
 
     @property
@@ -88,7 +90,7 @@ class AdapterLists:
         """The table on `device`. Factors whose rows are not contiguous are copied, and kept by the table."""
         kept: list[Tensor] = []
         lora_As, A_strides = _row_major(self.lora_As, itertools.repeat(self._columns()), kept)
-        ranks = [a.shape[0] for a in lora_As]
+        ranks = self._ranks if len(self._ranks) == len(lora_As) else [a.shape[0] for a in lora_As]
         lora_Bs, B_strides = _row_major(self.lora_Bs, ranks, kept)
         addresses = (map(Tensor.data_ptr, lora_As), map(Tensor.data_ptr, lora_Bs))
         # One call packs all rows: a thousand by themselves take longer than their products.

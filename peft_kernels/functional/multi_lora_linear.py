@@ -41,7 +41,7 @@ CHECK_IDS_VARIABLE = "PEFT_KERNELS_CHECK_IDS"
 
 Factors = Sequence[Tensor | None]
 
-_SHAPE, _PROPERTIES = operator.attrgetter("shape"), operator.attrgetter("shape", "dtype", "device")
+_SHAPE, _DTYPE, _DEVICE = map(operator.attrgetter, ("shape", "dtype", "device"))
 
 
 def multi_lora_linear(
@@ -282,20 +282,27 @@ _verified: set[tuple] = set()
 
 def _signature(x: Tensor, weights, biases, adapters: Adapters) -> tuple | None:
     """Everything that the checks of operands look at, or None where a check by itself is due (subclasses, tracing)."""
-    firsts, others, layouts = split(weights)
-    present = [bias for bias in biases if bias is not None]
-    tensors = (x, *firsts, *adapters.lora_As, *adapters.lora_Bs, *others, *present)
-    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
+    if torch.compiler.is_compiling():
         return None
-    properties: list[Any] = list(map(_PROPERTIES, tensors[1:]))
+    firsts, others, layouts = split(weights)
+    lora_As, lora_Bs = adapters.lora_As, adapters.lora_Bs
+    factors, tensors = (*lora_As, *lora_Bs), (*firsts, *others, *(bias for bias in biases if bias is not None))
+    if type(x) not in PLAIN or not PLAIN.issuperset(map(type, tensors)) or not PLAIN.issuperset(map(type, factors)):
+        return None
+    # Of a thousand adapters few differ in what is checked: sets of that are compared faster than lists.
+    kinds = {*map(_DTYPE, factors), *map(_DEVICE, factors)}
+    if len(kinds) > 2:
+        return None
+    shapes = frozenset(zip(adapters.outputs, map(_SHAPE, lora_As), map(_SHAPE, lora_Bs), strict=False))
+    properties: list[Any] = [(t.shape, t.dtype, t.device) for t in tensors]
     if layouts:
         properties += [*layouts, *(weight.shape for weight in weights)]
         properties += [t.is_contiguous() for t in (*firsts, *others)]
     if isinstance(adapters, PoolAdapters):
         properties += [adapters.dtype, adapters.arena.device, *adapters.sizes]
     autocast = torch.is_autocast_enabled(x.device.type)
-    places = (*adapters.outputs, len(weights), *(bias is None for bias in biases))
-    return (x.ndim > 0, x.shape[-1:], x.dtype, x.device, autocast, *places, *properties)
+    absent = [bias is None for bias in biases]
+    return (x.ndim > 0, x.shape[-1:], x.dtype, x.device, autocast, shapes, frozenset(kinds), *absent, *properties)
 
 
 def _remember(signature: tuple | None) -> None:
@@ -380,7 +387,8 @@ def adapter_choice(
             "one per sample"
         )
     _check_range(op, adapter_ids, count)
-    ids = _per_row(adapter_ids.to(torch.int64), given, batch, several)
+    ids = adapter_ids if adapter_ids.dtype == torch.int64 else adapter_ids.to(torch.int64)
+    ids = _per_row(ids, given, batch, several)
     if adapter_weights is None:
         return ids, None
     wide = torch.promote_types(torch.float32, x.dtype)
@@ -389,6 +397,8 @@ def adapter_choice(
 
 def _per_row(values: Tensor, given: torch.Size, batch: torch.Size, several: bool) -> Tensor:
     """[M, k], where `values` may have one entry per sample only."""
+    if not several and given == batch and values.is_contiguous():
+        return values.view(-1, 1)
     if not several:
         values = values.unsqueeze(-1)
     if given != batch:
