@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda_bindings.h"
 #include "cuda_kernels.h"
 
 namespace py = pybind11;
@@ -18,11 +19,6 @@ void check(const char* kernel, int code) {
 }
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 py::dict build_info() {
   py::dict info;

@@ -7,19 +7,13 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda_bindings.h"
 #include "cuda_kernels.h"
 
 namespace py = pybind11;
 using namespace peft_kernels;
 
-void check(const char* kernel, int code);
-
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Of each projection: y, the layer of the table, rows of B.
 using Projections = std::vector<std::tuple<uintptr_t, int, int>>;

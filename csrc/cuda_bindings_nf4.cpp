@@ -5,19 +5,13 @@
 #include <array>
 #include <stdexcept>
 
+#include "cuda_bindings.h"
 #include "cuda_kernels.h"
 
 namespace py = pybind11;
 using namespace peft_kernels;
 
-void check(const char* kernel, int code);
-
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // n, k, row stride, first element, blocksize; the weight's five tensors, null where there is none.
 Nf4Weight weight(int64_t n, int64_t k, int64_t row_stride, int64_t first, int64_t blocksize, uintptr_t packed,

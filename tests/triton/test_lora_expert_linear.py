@@ -14,6 +14,7 @@ from peft_kernels.kernels.triton import _launch, lora_expert_linear
 from peft_kernels.ops.lora_expert_linear import Problem
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
 from tests.problems import ExpertProblem
+from tests.triton.launches import record_launches
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = triton.language
@@ -42,18 +43,6 @@ def _name(value) -> str:
 def arch(request, monkeypatch) -> str:
     monkeypatch.setattr(_launch, "architecture", lambda device: request.param)
     return request.param
-
-
-def _launches(monkeypatch) -> list[str]:
-    """Names of the kernels launched from now on."""
-    launched, launch = [], _launch.launch
-
-    def record(kernel, *arguments, **options):
-        launched.append(kernel.__name__)
-        launch(kernel, *arguments, **options)
-
-    monkeypatch.setattr(_launch, "launch", record)
-    return launched
 
 
 @pytest.mark.parametrize(("case", "dtype"), _grid(), ids=_name)
@@ -150,7 +139,7 @@ def test_wrong_offsets_reach_no_other_memory(ends):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_number_of_launches(arch, dropout_p, monkeypatch):
     """Two forward and four backward, the sums of partials not counted, whatever the experts' rows."""
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = ExpertProblem((40, 0, 3, 25), 40, 72, 8, dtype=F16, dropout_p=dropout_p)
     problem.freeze_all_but("x", "lora_A", "lora_B")
     problem.run()
@@ -291,7 +280,7 @@ def test_the_same_bits_run_to_run():
 
 def test_splits_of_the_rows(monkeypatch):
     """Few experts with few columns: each expert's rows are split, unevenly filled splits and empty experts too."""
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = ExpertProblem((200, 0, 1), 20, 24, 4, dtype=F16, dropout_p=0.3)
     problem.freeze_all_but("lora_A", "lora_B")
     assert_as_accurate_as_eager(problem, problem.run())

@@ -14,6 +14,7 @@ from peft_kernels import explain, functional, tuning, use_backend
 from peft_kernels.kernels.reference import philox_dropout
 from peft_kernels.kernels.triton import _launch
 from tests.helpers import LoraProblem, assert_as_accurate_as_eager, assert_within_rounding
+from tests.triton.launches import record_launches
 
 F16, F32 = torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
@@ -68,7 +69,7 @@ def test_forms_with_descriptors(form, m, r, dropout_p, monkeypatch):
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
     if form == TMA:
         _without(monkeypatch, PERSISTENT)
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = LoraProblem(m, 136, 520, r, dtype=F16, dropout_p=dropout_p)
     assert_as_accurate_as_eager(problem, problem.run())
     assert launched.count(f"_{form}") == 2
@@ -87,7 +88,7 @@ def test_low_rank_step_last(m, r, scaling, monkeypatch):
 
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(_extended_gemm, "low_rank_last", lambda dtype, dropout: not dropout)
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = LoraProblem(m, 136, 520, r, dtype=F16, scaling=scaling)
     assert_as_accurate_as_eager(problem, problem.run())
     assert launched.count(f"_{PERSISTENT}") == 2
@@ -96,7 +97,7 @@ def test_low_rank_step_last(m, r, scaling, monkeypatch):
 def test_rows_of_y_that_tma_cannot_address(monkeypatch):
     """N = 67: x and W have rows for descriptors, y has not."""
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = LoraProblem(70, 136, 67, 8, dtype=F16)
     assert_as_accurate_as_eager(problem, problem.run())
     assert "_extended_gemm_tma" in launched
@@ -127,22 +128,10 @@ def test_rows_that_tma_cannot_address_take_pointers(name, place, monkeypatch):
     else:
         placed.copy_(values)
     expected, _ = problem.run(**{name: values.requires_grad_()})
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     y, _ = problem.run(**{name: placed.requires_grad_()})
     assert "_extended_gemm" in launched
     torch.testing.assert_close(y, expected, rtol=2e-3, atol=2e-3)
-
-
-def _launches(monkeypatch) -> list[str]:
-    """Names of the kernels launched from now on."""
-    launched, launch = [], _launch.launch
-
-    def record(kernel, *arguments, **options):
-        launched.append(kernel.__name__)
-        launch(kernel, *arguments, **options)
-
-    monkeypatch.setattr(_launch, "launch", record)
-    return launched
 
 
 @pytest.mark.parametrize(
@@ -151,7 +140,7 @@ def _launches(monkeypatch) -> list[str]:
 )
 def test_single_pass(m, k, n, r, arch, monkeypatch):
     """Few rows: one launch, and two more to add the partials where K is split."""
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = LoraProblem(m, k, n, r, dtype=F16, bias=m != 16)
     t = problem.tensors
     with torch.no_grad():
@@ -175,7 +164,7 @@ def test_a_row_of_the_single_pass_does_not_depend_on_the_others(arch):
 
 @pytest.mark.parametrize(("m", "r", "dropout_p"), [(65, 8, 0.0), (4, 65, 0.0), (4, 8, 0.3)])
 def test_two_launches_where_one_pass_does_not_serve(m, r, dropout_p, monkeypatch):
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = LoraProblem(m, 40, 70, r, dtype=F16, dropout_p=dropout_p)
     assert_as_accurate_as_eager(problem, problem.run())
     assert "_single_pass" not in launched
@@ -184,7 +173,7 @@ def test_two_launches_where_one_pass_does_not_serve(m, r, dropout_p, monkeypatch
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_number_of_launches(arch, dropout_p, monkeypatch):
     """At most two forward and four backward, the sums of partials not counted."""
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = LoraProblem(200, 136, 264, 8, dtype=F16, dropout_p=dropout_p)
     t = problem.tensors
     y = functional.lora_linear(

@@ -15,6 +15,7 @@ from peft_kernels.kernels.triton import _launch, lora_linear_group
 from peft_kernels.ops.lora_linear_group import Problem
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
 from tests.problems import GroupProblem
+from tests.triton.launches import record_launches
 
 F16, F32 = torch.float16, torch.float32
 DTYPES = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
@@ -44,18 +45,6 @@ def arch(request, monkeypatch) -> str:
 
 def _token_mask(m: int) -> torch.Tensor:
     return torch.arange(m) % 3 != 1
-
-
-def _launches(monkeypatch) -> list[str]:
-    """Names of the kernels launched from now on."""
-    launched, launch = [], _launch.launch
-
-    def record(kernel, *arguments, **options):
-        launched.append(kernel.__name__)
-        launch(kernel, *arguments, **options)
-
-    monkeypatch.setattr(_launch, "launch", record)
-    return launched
 
 
 @pytest.mark.parametrize(("case", "dtype"), _grid(), ids=_name)
@@ -122,7 +111,7 @@ def test_batch_dimensions():
 
 
 def test_one_launch_for_all_projections(monkeypatch):
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     GroupProblem(70, 40, (72, 24, 24), ((16,), (8,), (8,)), dtype=F16).run()
     assert [name for name in launched if name != "splitk_reduce"] == [
         "_down_projection", "_group_gemm", "_group_grad_s_b", "_group_grad_x", "_sum_over_rows"
@@ -130,7 +119,7 @@ def test_one_launch_for_all_projections(monkeypatch):
 
 
 def test_dropout_reads_x_once(monkeypatch):
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     GroupProblem(70, 40, (72, 24, 24), ((16,), (8,), (8,)), dtype=F16, dropout_p=0.1).run()
     assert launched.count("_group_down_projection") == launched.count("_group_sum_over_rows") == 1
 

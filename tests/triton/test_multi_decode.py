@@ -16,6 +16,7 @@ from peft_kernels.formats.adapter_table import AdapterLists, Table
 from peft_kernels.kernels.triton import _launch
 from tests.helpers import assert_within_rounding
 from tests.problems import MultiLoraProblem
+from tests.triton.launches import record_launches
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -36,17 +37,6 @@ def form(request, monkeypatch) -> list[str]:
 def _tiles(**fields: int):
     config = tuning.config
     return lambda *question, **sizes: replace(config(*question, **sizes), ranks=1000, **fields)
-
-
-def _launches(monkeypatch) -> list[str]:
-    launched, launch = [], _launch.launch
-
-    def record(kernel, *arguments, **options):
-        launched.append(kernel.__name__)
-        launch(kernel, *arguments, **options)
-
-    monkeypatch.setattr(_launch, "launch", record)
-    return launched
 
 
 def _group(ns: Sequence[int], **options) -> list[MultiLoraProblem]:
@@ -104,7 +94,7 @@ def _check(problems: Sequence[MultiLoraProblem]) -> None:
     ids=str,
 )
 def test_ranks_beside_one_another(form, m, k, n, ranks, dtype, monkeypatch):
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = MultiLoraProblem(m, k, n, ranks, dtype=dtype)
     problem.choices[:1] = 0 if ranks[0] else 1
     _check([problem])
@@ -130,7 +120,7 @@ def test_large_rank(form):
 
 def test_three_widths_in_one_call(form, monkeypatch):
     """q, k and v with grouped queries, several weighted adapters a row, an adapter twice, one that k has not."""
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     ids = [[0, 2, 1], [3, 3, -1], [-1, -1, 9]]
     problems = _group((40, 16, 33), m=3, k=40, ranks=(16, 5, 24, 8), ids=ids, mixed=True, dtype=F16)
     del problems[1].tensors["lora_As.2"], problems[1].tensors["lora_Bs.2"]
@@ -145,7 +135,7 @@ def test_a_projection_without_adapters_and_calls_without_work(form, monkeypatch)
     for name in [name for name in problems[0].tensors if name.startswith("lora_")]:
         del problems[0].tensors[name]
     _check(problems)
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     adapters, x = _adapters(problems), torch.randn(3, 40)
     table, nobody = adapters.table(x.device), torch.zeros(3, 0, dtype=torch.int64)
     none = Table(table.rows[:0], table.layers)

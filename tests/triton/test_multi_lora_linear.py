@@ -21,6 +21,7 @@ from peft_kernels.ops.multi_lora_linear import Problem as Dispatched
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
 from tests.problems import MultiLoraProblem, Problem
 from tests.problems.nf4 import part_of
+from tests.triton.launches import record_launches
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -38,18 +39,6 @@ def _gemms_take_the_step_along(monkeypatch) -> None:
 def sm_90(monkeypatch) -> None:
     """The configurations of that architecture, where those of sm_80 serve otherwise."""
     monkeypatch.setattr(_launch, "architecture", lambda device: "sm_90")
-
-
-def _launches(monkeypatch) -> list[str]:
-    """Names of the kernels launched from now on."""
-    launched, launch = [], _launch.launch
-
-    def record(kernel, *arguments, **options):
-        launched.append(kernel.__name__)
-        launch(kernel, *arguments, **options)
-
-    monkeypatch.setattr(_launch, "launch", record)
-    return launched
 
 
 # What is computed.
@@ -122,7 +111,7 @@ class FourBits(MultiLoraProblem):
 
 
 def test_over_four_bits(monkeypatch):
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = FourBits(40, 64, 40, (3, 16, 8), dtype=F16, dropout_p=0.3)
     assert_within_rounding(problem, problem.run())
     assert launched.count("_multi_update") == 2
@@ -315,13 +304,13 @@ def test_few_rows_of_each_adapter_leave_the_base_product_alone(monkeypatch):
     monkeypatch.setattr(multi_lora_linear, "LEAST_FUSED", 16)
     for rows, expand in ((18, "_multi_gemm"), (16, "_multi_update")):
         problem = MultiLoraProblem(rows, 40, 24, (3, 8), dtype=F16, dropout_p=0.3)
-        launched = _launches(monkeypatch)
+        launched = record_launches(monkeypatch)
         assert_within_rounding(problem, problem.run())
         assert launched.count(expand) == 2
 
 
 def test_a_few_rows_without_gradients_are_not_sorted(monkeypatch):
-    launched = _launches(monkeypatch)
+    launched = record_launches(monkeypatch)
     problem = MultiLoraProblem(16, ranks=MIXED)
     with torch.no_grad():
         y = problem.call()

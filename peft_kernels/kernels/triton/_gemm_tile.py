@@ -125,3 +125,12 @@ def store(out, total, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
         left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         store(out, left, row, column, BLOCK_M, BLOCK_N // 2, PARTS // 2)
         store(out, right, row, column + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2, PARTS // 2)
+
+
+@triton.jit
+def pick(values, i):
+    """values[i] of a tuple, for an i that is known at run time."""
+    value = values[0]
+    for j in tl.static_range(1, len(values)):
+        value = tl.where(i == j, values[j], value)
+    return value

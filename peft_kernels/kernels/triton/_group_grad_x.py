@@ -19,7 +19,7 @@ from torch import Tensor
 
 from peft_kernels.kernels.reference.philox_dropout import LANES, scale, threshold
 from peft_kernels.kernels.triton import _launch
-from peft_kernels.kernels.triton._gemm_tile import finish, low_rank, tile_of
+from peft_kernels.kernels.triton._gemm_tile import finish, low_rank, pick, tile_of
 from peft_kernels.kernels.triton._product import Product, add_product
 
 
@@ -63,15 +63,6 @@ def group_grad_x(
     return out
 
 
-@triton.jit
-def _pick(values, i):
-    """values[i] for an i that is known at run time."""
-    value = values[0]
-    for j in tl.static_range(1, len(values)):
-        value = tl.where(i == j, values[j], value)
-    return value
-
-
 @triton.jit(do_not_specialize=["M"])
 def _group_grad_x(
     grad_ys, ws, grad_s, a, out, seeds, sizes, firsts, ranks, M, K, y_strides, w_strides, stride_sm, a_strides,
@@ -92,11 +83,11 @@ def _group_grad_x(
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         # Not a static loop: the masks of several adapters at once would not fit in the registers.
         for i in tl.range(0, len(ranks), num_stages=1):
-            first = _pick(firsts, i)
+            first = pick(firsts, i)
             total += low_rank(
                 grad_s + first, a + first * tl.cast(a_strides[0], tl.int64), seeds + i, row, column, M, K,
-                _pick(ranks, i), stride_sm, 1, a_strides[0], a_strides[1], groups, _pick(thresholds, i),
-                _pick(factors, i), BLOCK_M, BLOCK_N, BLOCK_R, False, PRECISION,
+                pick(ranks, i), stride_sm, 1, a_strides[0], a_strides[1], groups, pick(thresholds, i),
+                pick(factors, i), BLOCK_M, BLOCK_N, BLOCK_R, False, PRECISION,
             )  # fmt: skip
     for j in tl.static_range(len(ws)):
         total = add_product(

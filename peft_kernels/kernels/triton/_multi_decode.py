@@ -27,14 +27,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from peft_kernels import tuning
 from peft_kernels.formats.adapter_table import Table
 from peft_kernels.kernels.triton import _launch
-from peft_kernels.kernels.triton._multi_table import rank_of, scaling_of
+from peft_kernels.kernels.triton._gemm_tile import pick
+from peft_kernels.kernels.triton._multi_table import TYPES, rank_of, scaling_of
 
 CHUNK = 16
 """Ranks that are summed together."""
 
 _CHUNK = tl.constexpr(CHUNK)
 _MOST_REGISTERS = 255
-_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def multi_decode(
@@ -73,7 +73,7 @@ def multi_decode(
     # not, and the forms would differ. Left alone, ptxas spills a few bytes to fit into a smaller number of registers.
     exact = torch.float32 not in (x.dtype, dtype)
     options = {
-        "TYPE": _TYPES[dtype], "num_warps": config.num_warps, "enable_fp_fusion": exact, "maxnreg": _MOST_REGISTERS,
+        "TYPE": TYPES[dtype], "num_warps": config.num_warps, "enable_fp_fusion": exact, "maxnreg": _MOST_REGISTERS,
     }  # fmt: skip
     if m <= config.rows and chunks * CHUNK <= config.ranks:
         _launch.launch(
@@ -93,15 +93,6 @@ def multi_decode(
         _multi_expand, (m, blocks), x.device, partials, outs, heads, ids, mix, sizes, chunks, partials.shape[0],
         per_row, *rows, BLOCK_N=config.block_n, **options, **_launch.overlapping(True, x.device),
     )  # fmt: skip
-
-
-@triton.jit
-def _at(values, index):
-    """values[index] of a tuple, for an index known at run time."""
-    value = values[0]
-    for j in tl.static_range(1, len(values)):
-        value = tl.where(index == j, values[j], value)
-    return value
 
 
 @triton.jit
@@ -231,9 +222,9 @@ def _multi_decode(
     """Block `program_id(1)` of row `program_id(0)` of one of ys."""
     row = tl.program_id(0).to(tl.int64)
     j, first = _place(tl.program_id(1), sizes, BLOCK_N)
-    N, head = _at(sizes, j), _at(heads, j)
+    N, head = pick(sizes, j), pick(heads, j)
     columns = first + tl.arange(0, BLOCK_N)
-    y = _at(ys, j) + row * N + columns
+    y = pick(ys, j) + row * N + columns
     base = tl.load(y, mask=columns < N, other=0.0)
     total, changed = tl.zeros((BLOCK_N,), dtype=tl.float32), False
     for choice in range(per_row):
@@ -269,7 +260,7 @@ def _multi_shrink(
         gdc_launch_dependents()
     number, part, step = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, choice = (number // per_row).to(tl.int64), number % per_row
-    head, rank = _at(heads, part // chunks), part % chunks * _CHUNK
+    head, rank = pick(heads, part // chunks), part % chunks * _CHUNK
     entry, known = _adapter_of(ids, head, row, choice, stride_im, stride_ii, count, stride_entry)
     r = _rank(entry, known, chunks * _CHUNK)
     if rank < r:
@@ -309,9 +300,9 @@ def _multi_expand(
     """As `_multi_decode`, from the partials of `_multi_shrink`."""
     row = tl.program_id(0).to(tl.int64)
     j, first = _place(tl.program_id(1), sizes, BLOCK_N)
-    N, head = _at(sizes, j), _at(heads, j)
+    N, head = pick(sizes, j), pick(heads, j)
     columns = first + tl.arange(0, BLOCK_N)
-    y = _at(ys, j) + row * N + columns
+    y = pick(ys, j) + row * N + columns
     base = tl.load(y, mask=columns < N, other=0.0)
     total, changed = tl.zeros((BLOCK_N,), dtype=tl.float32), False
     parts = len(sizes) * chunks

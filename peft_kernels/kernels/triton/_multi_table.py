@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peft_kernels.formats.adapter_table import Adapters, PoolAdapters, Table
 
-_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 RANK_STEP = 8
 """Ranks that a 16-byte load of 16-bit numbers holds, and the page of a pool."""
 
@@ -44,7 +44,7 @@ class Factors(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"LORA_B": self.lora_b, "FACTORS": _DTYPES[self.dtype], "WIDE": self.wide}
+        return {"LORA_B": self.lora_b, "FACTORS": TYPES[self.dtype], "WIDE": self.wide}
 
 
 def factors(adapters: Adapters, table: Table, projection: int, *, lora_b: bool) -> Factors:
