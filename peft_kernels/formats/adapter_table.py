@@ -133,6 +133,8 @@ class PoolAdapters:
     def factors(self, output: int, adapter: int) -> Factors | None:
         """As of `AdapterLists`: views of the pool's memory. The host's copy of the table says where, so nothing is read
         back from a GPU."""
+        if not 0 <= adapter < self.count:
+            return None
         words = self.host_rows[adapter, self.layers[output]]
         a, b, r, scaling, a_stride, b_stride = ROW.unpack(words.numpy().tobytes())
         if r == 0:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_kernels import functional, use_backend
+from peft_kernels import AdapterPool, functional, use_backend
 from peft_kernels.problems import Draw, nf4_weight
 from tests.backends import everywhere
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
@@ -297,6 +297,20 @@ def test_ids_out_of_range_that_nobody_checks_are_no_adapter(backend, monkeypatch
     problem.ids = torch.tensor([0, 1, 5, -7, 3, 2**40], device=backend.device)
     for name, value in named(problem.run()).items():
         assert torch.equal(value, expected[name]), name
+
+
+@EVERYWHERE
+def test_ids_beyond_a_pools_slots_that_nobody_checks_are_no_adapter(backend, monkeypatch):
+    monkeypatch.setattr(module, "reads_ids", lambda device: False)
+    pool = AdapterPool({"q_proj": (6, 8)}, budget=1 << 16, slots=3, device=backend.device)
+    x, weight, a, b = (torch.randn(*shape, device=backend.device) for shape in ((4, 8), (6, 8), (2, 8), (6, 2)))
+    pool.load("anna", {"q_proj": (a, b)}, scaling=2.0)
+    (slot,) = pool.ids(["anna"]).tolist()
+    ids = torch.tensor([slot, 3, -9, 2**40], device=backend.device)
+    y = functional.multi_lora_linear(x, weight, pool.layer("q_proj"), None, ids)
+    expected = x @ weight.t()
+    expected[0] += 2.0 * (x[0] @ a.t()) @ b.t()
+    torch.testing.assert_close(y, expected)
 
 
 def test_a_pool_beside_tensors_is_refused():
