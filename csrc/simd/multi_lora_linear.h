@@ -46,7 +46,15 @@ inline void dot_tile(const float* const* x, const typename Type::Storage* a, int
   for (; c + kFloats <= columns; c += kFloats) dot_step<Type, true>(sums, x, a, a_stride, c, kFloats);
   if (c < columns) dot_step<Type, false>(sums, x, a, a_stride, c, columns - c);
   unrolled<rows>([&](auto i) {
-    unrolled<ranks>([&](auto j) { s[i * s_stride + j] += sum_lanes(sums.sum[i][j]); });
+    float* to = s + i * s_stride;
+    if constexpr (ranks == 4) {
+      Floats four[4];
+      unrolled<4>([&](auto j) { four[j] = sums.sum[i][j]; });
+      transpose_quads(four);
+      store(to, load<Quad>(to) + sum_quads((four[0] + four[1]) + (four[2] + four[3])));
+    } else {
+      unrolled<ranks>([&](auto j) { to[j] += sum_lanes(sums.sum[i][j]); });
+    }
   });
 }
 
@@ -155,7 +163,8 @@ inline void multi_expand(const float* s, int64_t s_stride, int64_t terms, const 
                                                targets + m, column, columns);
     };
     int m = 0;
-    for (; m + kBlockRows <= count; m += kBlockRows) some(std::integral_constant<int, kBlockRows>{}, m);
+    for (; m + kBlockRows <= count && count - m != 8; m += kBlockRows) some(std::integral_constant<int, kBlockRows>{}, m);
+    for (; m + 4 <= count; m += 4) some(std::integral_constant<int, 4>{}, m);
     for (; m + 2 <= count; m += 2) some(std::integral_constant<int, 2>{}, m);
     if (m < count) some(std::integral_constant<int, 1>{}, m);
   });

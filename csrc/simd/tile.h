@@ -160,15 +160,44 @@ inline void pack_expand_by_rank(const Matrix& weight, int64_t r, int64_t begin, 
   });
 }
 
+// The same for a weight whose ranks lie along its columns (B [N, r]): turned in registers, 4 ranks of a vector's columns
+// at a time.
+PEFT_KERNELS_INLINE void turn(const float* source, int64_t stride, float* panel) {
+  Floats rows[4];
+  unrolled<4>([&](auto i) { rows[i] = load_quads(source + i * stride, 4 * stride); });
+  transpose_quads(rows);
+  unrolled<4>([&](auto i) { store(panel + i * kPanel, rows[i]); });
+}
+
+// One vector's columns, `count` of which there are, from `source` on.
+template <class Type>
+inline void pack_columns(const typename Type::Storage* source, int64_t stride, int64_t r, int count, float* panel) {
+  constexpr int kStep = 64;
+  alignas(64) float part[kFloats * kStep];
+  for (int64_t first = 0; first < padded_ranks(r); first += kStep) {
+    const int64_t some = std::min<int64_t>(kStep, r - first);
+    for (int i = 0; i < kFloats; ++i) {
+      if (i < count) load_row<Type, kFloats>(source + i * stride + first, some, nullptr, 1.0f, part + i * kStep);
+      else std::memset(part + i * kStep, 0, padded_ranks(some) * sizeof(float));
+    }
+    for (int64_t j = 0; j < padded_ranks(some); j += 4) turn(part + j, kStep, panel + (first + j) * kPanel);
+  }
+}
+
 inline void pack_expand_by_row(const Matrix& weight, int64_t r, int64_t begin, int64_t end, int64_t first,
                                float* packed, int64_t ranks) {
-  alignas(64) float row[kMaxRank];
   with_type(weight.dtype, [&](auto type) {
-    for (int64_t c = begin; c < round_up(end, kPanel); ++c) {
-      if (c < end) load_row<decltype(type), kFloats>(at(weight, c, 0), r, nullptr, 1.0f, row);
-      else std::memset(row, 0, padded_ranks(r) * sizeof(float));
+    using Type = decltype(type);
+    for (int64_t c = begin; c < round_up(end, kPanel); c += kFloats) {
+      const auto* source = reinterpret_cast<const typename Type::Storage*>(at(weight, c, 0));
       float* to = expand_panel(packed, ranks, c / kPanel * kPanel, first) + c % kPanel;
-      for (int64_t j = 0; j < padded_ranks(r); ++j) to[j * kPanel] = row[j];
+      const int count = static_cast<int>(std::clamp<int64_t>(end - c, 0, kFloats));
+      if constexpr (std::is_same_v<Type, Float32>)
+        if (count == kFloats && r % kFloats == 0) {
+          for (int64_t j = 0; j < r; j += 4) turn(source + j, weight.row_stride, to + j * kPanel);
+          continue;
+        }
+      pack_columns<Type>(source, weight.row_stride, r, count, to);
     }
   });
 }

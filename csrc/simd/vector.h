@@ -46,6 +46,68 @@ PEFT_KERNELS_INLINE void unrolled(Function f) {
   unroll(f, std::make_integer_sequence<int, count>{});
 }
 
+// ---- quads -----------------------------------------------------------------------------------------------------
+
+#if defined(__clang__)
+#define PEFT_KERNELS_SHUFFLE(Lanes, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PEFT_KERNELS_SHUFFLE(Lanes, a, b, ...) __builtin_shuffle(a, b, Lanes{__VA_ARGS__})
+#endif
+
+// The vectors' quads of four floats are what their shuffles do not leave. Of each quad of a and b the lower (or upper)
+// halves, `run` floats of one after `run` of the other.
+template <int upper, int run, int... lanes>
+inline Floats zip(Floats a, Floats b, std::integer_sequence<int, lanes...>) {
+  return PEFT_KERNELS_SHUFFLE(
+      Ints, a, b,
+      (lanes / 4 * 4 + 2 * upper + lanes % 4 / (2 * run) * run + lanes % run + lanes % 4 / run % 2 * kFloats)...);
+}
+
+template <int upper, int run>
+PEFT_KERNELS_INLINE Floats zip(Floats a, Floats b) {
+  return zip<upper, run>(a, b, std::make_integer_sequence<int, kFloats>{});
+}
+
+// Transposes the 4 x 4 blocks that the quads of four vectors are.
+PEFT_KERNELS_INLINE void transpose_quads(Floats (&rows)[4]) {
+  const Floats low01 = zip<0, 1>(rows[0], rows[1]), high01 = zip<1, 1>(rows[0], rows[1]);
+  const Floats low23 = zip<0, 1>(rows[2], rows[3]), high23 = zip<1, 1>(rows[2], rows[3]);
+  rows[0] = zip<0, 2>(low01, low23);
+  rows[1] = zip<1, 2>(low01, low23);
+  rows[2] = zip<0, 2>(high01, high23);
+  rows[3] = zip<1, 2>(high01, high23);
+}
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// Quads `stride` floats apart, side by side.
+PEFT_KERNELS_INLINE Floats load_quads(const float* source, int64_t stride) {
+#if PEFT_KERNELS_VECTOR_BYTES == 32
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(load<Quad>(source)), load<Quad>(source + stride), 1);
+#elif PEFT_KERNELS_VECTOR_BYTES == 64
+  const __m256 low =
+      _mm256_insertf128_ps(_mm256_castps128_ps256(load<Quad>(source)), load<Quad>(source + stride), 1);
+  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(load<Quad>(source + 2 * stride)),
+                                           load<Quad>(source + 3 * stride), 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#else
+  (void)stride;
+  return load<Floats>(source);
+#endif
+}
+
+// The sum of a vector's quads.
+PEFT_KERNELS_INLINE Quad sum_quads(Floats value) {
+#if PEFT_KERNELS_VECTOR_BYTES == 32
+  return _mm256_castps256_ps128(value) + _mm256_extractf128_ps(value, 1);
+#elif PEFT_KERNELS_VECTOR_BYTES == 64
+  const __m256 half = _mm512_maskz_extractf32x8_ps(0xFF, value, 0) + _mm512_maskz_extractf32x8_ps(0xFF, value, 1);
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#else
+  return value;
+#endif
+}
+
 // ---- element types ---------------------------------------------------------------------------------------------
 
 struct Float32 {
@@ -121,24 +183,17 @@ inline Longs multiply_low_words(Longs a, Longs b) {
 #endif
 }
 
-#if defined(__clang__)
-#define PEFT_KERNELS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PEFT_KERNELS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Longs{__VA_ARGS__})
-#endif
-
 // a0 b0 a2 b2 ... or, with `odd`, a1 b1 a3 b3 ...
 template <int odd>
 inline Longs interleave(Longs a, Longs b) {
 #if PEFT_KERNELS_VECTOR_BYTES == 16
-  return PEFT_KERNELS_SHUFFLE(a, b, odd, 2 + odd);
+  return PEFT_KERNELS_SHUFFLE(Longs, a, b, odd, 2 + odd);
 #elif PEFT_KERNELS_VECTOR_BYTES == 32
-  return PEFT_KERNELS_SHUFFLE(a, b, odd, 4 + odd, 2 + odd, 6 + odd);
+  return PEFT_KERNELS_SHUFFLE(Longs, a, b, odd, 4 + odd, 2 + odd, 6 + odd);
 #else
-  return PEFT_KERNELS_SHUFFLE(a, b, odd, 8 + odd, 2 + odd, 10 + odd, 4 + odd, 12 + odd, 6 + odd, 14 + odd);
+  return PEFT_KERNELS_SHUFFLE(Longs, a, b, odd, 8 + odd, 2 + odd, 10 + odd, 4 + odd, 12 + odd, 6 + odd, 14 + odd);
 #endif
 }
-#undef PEFT_KERNELS_SHUFFLE
 
 // Every 64-bit lane holds a word of one counter in its low half; the high halves are rubbish that no step reads.
 struct PhiloxState {
