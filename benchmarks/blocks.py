@@ -102,7 +102,7 @@ class PeftBlock(nn.Module):
         super().__init__()
         self.op = case.op
         weights, As = matrices(case, "weight"), matrices(case, "lora_A")
-        layers = nn.ModuleList(_linear(weight) for weight in weights)
+        layers = nn.ModuleList(frozen_linear(weight) for weight in weights)
         config = LoraConfig(
             r=As[0].shape[0], lora_alpha=SCALING * As[0].shape[0], lora_dropout=case.options["dropout_p"],
             target_modules=[str(i) for i in range(len(weights))], use_dora=case.op == "dora_linear",
@@ -123,7 +123,7 @@ class PeftBlock(nn.Module):
         return combine(self.op, list(self.layers), x)
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def frozen_linear(weight: Tensor) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -16,9 +16,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _patching():
-    from benchmarks import blocks, peers, quantised
+    from benchmarks import blocks, many, peers, quantised
 
-    return [peer for peer in (*peers.PEERS, *blocks.PEERS, *quantised.PEERS) if peer.patches]
+    return [peer for peer in (*peers.PEERS, *blocks.PEERS, *quantised.PEERS, *many.PEERS) if peer.patches]
 
 
 @pytest.hookimpl(trylast=True)

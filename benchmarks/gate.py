@@ -80,6 +80,8 @@ def _oracle(case: Case, layer: Layer, dtype: torch.dtype | None) -> dict[str, Te
     """Eager PyTorch's outputs and gradients for the layer's grad_y."""
     leaves = case.leaves(dtype)
     y = case.eager(leaves)
+    if not any(leaf.requires_grad for leaf in layer.leaves.values()):
+        return {"y": y}
     grads = layer.grad_y if isinstance(layer.grad_y, Tensor) else torch.cat(layer.grad_y, -1)
     wanted = [leaves[name] for name in layer.leaves]
     found = dict(zip(layer.leaves, torch.autograd.grad(y, wanted, grads.to(y.dtype)), strict=True))

@@ -34,7 +34,7 @@ class Layer:
 
     Attributes:
         call: maps x to y.
-        leaves: the tensors whose gradients the layer gives.
+        leaves: x, and the tensors whose gradients the layer gives; x gets none where it does not require any.
         context: what is in force while it runs.
         drop_mask: consumes random numbers as one forward does and returns the mask that this forward would use (0 or
             1/(1-p) for each element of x); None where the peer does not tell.
@@ -64,9 +64,10 @@ class Layer:
     def result(self) -> tuple[Outputs, dict[str, Tensor]]:
         with self.context():
             y = (self.checked or self.call)(self.leaves["x"])
-            grads = torch.autograd.grad(y, list(self.leaves.values()), self.grad_y)
+            wanted = {name: leaf for name, leaf in self.leaves.items() if leaf.requires_grad}
+            grads = torch.autograd.grad(y, list(wanted.values()), self.grad_y) if wanted else ()
         found = y.detach() if isinstance(y, Tensor) else tuple(part.detach() for part in y)
-        return found, dict(zip(self.leaves, grads, strict=True))
+        return found, dict(zip(wanted, grads, strict=True))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,8 @@ class Spec:
     device: str = "cpu"
     threads: int | None = None
     op: str = "lora_linear"
+    # Sets of tensors that a measurement on a GPU goes through at most.
+    most_sets: ClassVar[int] = 64
 
     @property
     def label(self) -> str:

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import blocks, compare, gate, memory, peers, provenance, quantised, timing
+from benchmarks import blocks, compare, gate, many, memory, peers, provenance, quantised, timing
 from benchmarks.peers import Peer
 from benchmarks.problems import FORWARD, Ceilings, Spec
 
@@ -20,6 +20,8 @@ def peers_of(spec: Spec) -> ModuleType:
     """The module that has FROZEN, PEFT, AUTO, BASELINES and PEERS for the problem's op."""
     if spec.op in quantised.OPS:
         return quantised
+    if spec.op in many.OPS:
+        return many
     return peers if spec.op == "lora_linear" else blocks
 
 
@@ -30,7 +32,7 @@ def ceilings(device: str, dtype: torch.dtype, threads: int) -> Ceilings:
 
 def steps(peer: Peer, spec: Spec, mode: str) -> tuple[list[timing.Step], timing.Context]:
     """The peer's work on as many sets of tensors as exceed the cache."""
-    sets = timing.sets_beyond_cache(spec.device, spec.bytes(FORWARD))
+    sets = timing.sets_beyond_cache(spec.device, spec.bytes(FORWARD), spec.most_sets)
     layers = [peer.layer(spec, seed) for seed in range(sets)]
     return [layer.step(mode) for layer in layers], layers[0].context
 
@@ -104,6 +106,8 @@ def facts(peer: Peer, spec: Spec, mode: str, compared: str, watch: timing.Stopwa
     }  # fmt: skip
     if spec.device == "cuda" and spec.op in quantised.OPS:
         rows["eager_s"] = eager_seconds(peer, spec, mode)
+    if isinstance(spec, many.ManySpec):
+        rows |= many.facts(peer, spec)
     if peer.backend is not None:
         choice = peers.chosen_backend(spec)
         backend = choice.backend if peer.backend == "auto" else peer.backend

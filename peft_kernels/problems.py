@@ -321,7 +321,7 @@ def multi_lora_expert_linear(shape: Shape, draw: Draw, per_row: int = 1) -> Case
         mixes = t["adapter_weights"].split(counts) if several else [None] * EXPERTS
         for e, x in enumerate(t["x"].split(counts)):
             y = F.linear(x, t["weight"][e])
-            ys.append(_add_chosen(y, dropping[e], ids[e], mixes[e], *_factors(t, len(ranks), e)))
+            ys.append(add_chosen(y, dropping[e], ids[e], mixes[e], *_factors(t, len(ranks), e)))
         return torch.cat(ys)
 
     tensors = {"x": draw(shape.dtype, rows, k), "weight": draw(shape.dtype, EXPERTS, n, k, scale=k**-0.5)}
@@ -354,7 +354,7 @@ def _factors(t: dict[str, Tensor], count: int, *index: int) -> list[tuple[Tensor
     return [(t[f"lora_As.{a}"][index or ...], t[f"lora_Bs.{a}"][index or ...]) for a in range(count)]
 
 
-def _add_chosen(y: Tensor, x: Tensor, ids: Tensor, mix: Tensor | None, *factors: tuple[Tensor, Tensor]) -> Tensor:
+def add_chosen(y: Tensor, x: Tensor, ids: Tensor, mix: Tensor | None, *factors: tuple[Tensor, Tensor]) -> Tensor:
     """y and, of each row, what its adapters make of x: PEFT's loop over adapters."""
     for a, (lora_A, lora_B) in enumerate(factors):
         for i, own in enumerate((ids == a).unbind(1)):
@@ -375,7 +375,7 @@ def multi_lora_linear(shape: Shape, draw: Draw, per_row: int = 1) -> Case:
         if several:
             mix = t["adapter_weights"].reshape(ids.shape)
         y = F.linear(x, t["weight"], t.get("bias"))
-        y = _add_chosen(y, dropped(x, shape.dropout_p, SEED), ids, mix, *_factors(t, len(ranks)))
+        y = add_chosen(y, dropped(x, shape.dropout_p, SEED), ids, mix, *_factors(t, len(ranks)))
         return y.view(*t["x"].shape[:-1], shape.n)
 
     layer = _layer(shape, draw)

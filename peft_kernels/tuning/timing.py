@@ -134,12 +134,12 @@ def stopwatch(
         return EventStopwatch(steps, context)
 
 
-def sets_beyond_cache(device: str, bytes_per_call: int) -> int:
-    """How many sets of tensors together are three times the L2 cache; at least two on a GPU."""
+def sets_beyond_cache(device: str, bytes_per_call: int, most: int = 64) -> int:
+    """How many sets of tensors together are three times the L2 cache; on a GPU at least two, and `most` at most."""
     if device == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(64, max(2, -(-3 * cache // bytes_per_call)))
+    return min(most, max(2, -(-3 * cache // bytes_per_call)))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
