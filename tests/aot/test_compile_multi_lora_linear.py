@@ -60,8 +60,8 @@ def _cases() -> Iterator[Case]:
     for arch in ARCHITECTURES:
         for kernel, form in FORMS.items():
             for rule in tuning.rules(arch, kernel):
-                if arch == "sm_100" and rule.dtype == "float32":
-                    continue  # no instructions that sm_90 has not
+                if not _own(arch, kernel, rule.dtype):
+                    continue
                 limits, dtype = dict(rule.limits), getattr(torch, rule.dtype or "bfloat16")
                 for dropout in (True, False):
                     rows, r = limits.get("m", 1024), limits.get("r", WIDEST_RANK)
@@ -69,6 +69,11 @@ def _cases() -> Iterator[Case]:
                     if _chosen(case) == rule.config:
                         yield case
                         break  # the mask takes the most registers
+
+
+def _own(arch: str, kernel: str, dtype: str | None) -> bool:
+    """Whether sm_90 says nothing about it: sm_100 has other instructions for 16-bit products only."""
+    return arch != "sm_100" or (dtype != "float32" and kernel in ("multi_gemm", "multi_down_projection"))
 
 
 def _chosen(case: Case):
@@ -140,7 +145,7 @@ def test_every_rule_of_tuning_is_compiled():
     for arch in ARCHITECTURES:
         for kernel in FORMS:
             compiled = {_chosen(case) for case in CASES if (case.arch, case.kernel) == (arch, kernel)}
-            rules = [rule for rule in tuning.rules(arch, kernel) if arch != "sm_100" or rule.dtype != "float32"]
+            rules = [rule for rule in tuning.rules(arch, kernel) if _own(arch, kernel, rule.dtype)]
             assert compiled == {rule.config for rule in rules}
 
 
@@ -160,7 +165,7 @@ def test_the_usual_rank_with_weights(monkeypatch, arch, kernel, form):
         assert machine.wide_copies == machine.copies > 0
 
 
-@pytest.mark.parametrize("kernel", FORMS)
+@pytest.mark.parametrize("kernel", ["multi_gemm", "multi_sum_over_rows"])
 def test_sizes_that_divide_nothing_compile(monkeypatch, kernel):
     case = Case(kernel, "sm_90", BF16, True, 77, 5, FORMS[kernel], False, BF16, False)
     machine = _compiled(monkeypatch, case, n=1001, k=1003)

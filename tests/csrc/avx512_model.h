@@ -85,6 +85,16 @@ inline __m256i maskz_cvtps_ph(unsigned, __m512 values, int) {
   return to.vector();
 }
 
+// VINSERTF32X8 and VEXTRACTF32X8, all lanes: the low bit of `half` counts.
+inline __m512 insertf32x8(__m512 values, __m256 part, int half) {
+  Lanes<__m256, __m512> to(values);
+  to.lane[half & 1] = part;
+  return to.vector();
+}
+inline __m256 maskz_extractf32x8_ps(unsigned, __m512 values, int half) {
+  return Lanes<__m256, __m512>(values).lane[half & 1];
+}
+
 template <class... Ints>
 inline __m512i setr_epi32(Ints... values) {
   Lanes<int32_t, __m512i> to{};
@@ -97,6 +107,8 @@ inline __m512i setr_epi32(Ints... values) {
 
 #undef _mm512_maskz_cvtps_ph
 #undef _mm512_setr_epi32
+#undef _mm512_insertf32x8
+#undef _mm512_maskz_extractf32x8_ps
 #define _mm512_cvtepu8_epi32 ::peft_kernels::model::cvtepu8_epi32
 #define _mm512_permutexvar_ps ::peft_kernels::model::permutexvar_ps
 #define _mm512_permutex2var_ps ::peft_kernels::model::permutex2var_ps
@@ -104,6 +116,8 @@ inline __m512i setr_epi32(Ints... values) {
 #define _mm512_mul_epu32 ::peft_kernels::model::mul_epu32
 #define _mm512_maskz_cvtph_ps ::peft_kernels::model::maskz_cvtph_ps
 #define _mm512_maskz_cvtps_ph ::peft_kernels::model::maskz_cvtps_ph
+#define _mm512_insertf32x8 ::peft_kernels::model::insertf32x8
+#define _mm512_maskz_extractf32x8_ps ::peft_kernels::model::maskz_extractf32x8_ps
 #define _mm512_setr_epi32 ::peft_kernels::model::setr_epi32
 
 #define PEFT_KERNELS_VECTOR_BYTES 64
