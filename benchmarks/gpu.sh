@@ -57,13 +57,16 @@ tests gpu_tests 85 tests/gpu
 tests op_tests 55 tests/ops
 part compare 40 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --extent none --minutes 0.55
 part tune 35 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --minutes 0.45
-bench lora_linear 60 lora_linear 'not compiled and not unsloth and not lorafusion and not reference'
-bench blocks 40 "$BLOCKS" 'not compiled and not unsloth and not liger and not reference'
+bench lora_linear 48 lora_linear 'not compiled and not unsloth and not lorafusion and not reference'
+bench blocks 34 "$BLOCKS" 'not compiled and not unsloth and not liger and not reference'
 # What decides first: forward of one layer's shapes against bitsandbytes, then training.
-bench nf4 55 "nf4_linear nf4_lora_linear" 'not reference and not unsloth'
+bench nf4 43 "nf4_linear nf4_lora_linear" 'not reference and not unsloth'
+# The update of decoding by itself first: it has the bars.
+bench multi_decode 22 multi_lora_linear 'delta and not reference'
+bench multi 18 multi_lora_linear 'not delta and not reference'
 bench sweep 20 sweep 'test_sweep'
-bench compiled 20 lora_linear 'compiled and M8192 and r16 and p0-'
-bench others 15 "lora_linear $BLOCKS" 'unsloth or lorafusion or liger'
+bench compiled 15 lora_linear 'compiled and M8192 and r16 and p0-'
+bench others 10 "lora_linear $BLOCKS" 'unsloth or lorafusion or liger'
 part memory 15 "$PYTHON" -m benchmarks.block_memory --json "$RESULTS/block_memory.json"
 part report 10 sh -c '"$0" -m benchmarks.report "$1"/bench_*.json --output "$1/report.md" &&
   "$0" -m benchmarks.charts "$1/bench_sweep.json" --output "$1"' "$PYTHON" "$RESULTS"

@@ -50,7 +50,26 @@ class Row:
             notes.append(f"checked {self.info['checked']}")
         if self.info["timer"] == "cuda-events":
             notes.append("timed by events")
-        return ", ".join(notes)
+        return ", ".join([*notes, *self._others(), *self._bars()])
+
+    def _others(self) -> list[str]:
+        """Ratios to other peers than those with a column."""
+        columns = ("ratio_to_peft", "ratio_to_bitsandbytes", "ratio_to_frozen")
+        others = [name for name in self.info if name.startswith("ratio_to_") and name not in columns]
+        return [f"{self.info[name]['ratio']:.2f} x {name.removeprefix('ratio_to_')}" for name in others]
+
+    def _bars(self) -> list[str]:
+        """Ratios are missed where both the median of pairs and the fastest samples miss."""
+        notes = []
+        for name, most in self.info.get("bars", {}).items():
+            of_time = name == "median_s"
+            text = f"bar {most * 1e6:g} µs" if of_time else f"bar {most:.2f} x {name.removeprefix('ratio_to_')}"
+            if not of_time and name not in self.info:
+                notes.append(f"{text} not compared")
+                continue
+            found = self.stats["median"] if of_time else min(self.info[name]["ratio"], self.info[name]["best"])
+            notes.append(f"{text} {'met' if found <= most else '**missed**'}")
+        return notes
 
 
 def _ratio(recorded: dict | None) -> str | None:
