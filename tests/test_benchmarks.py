@@ -688,6 +688,9 @@ def test_a_row_of_many_adapters():
     assert found["saved_bytes"] == 0, "it serves"
     assert found["digest"] == provenance.digest("multi_lora_linear", found["backend"])
     assert found["bars"] == {}, "it is none of the sizes that have one"
+    barred = {peer.name for peer in many.PEERS if "bars" in many.facts(peer, small)}
+    assert barred == {"ours (auto)", "ours, pool"}, "what nobody chose misses no bar"
+    assert "bars" in many.facts(many_peer("ours (cuda)"), ALONE)
     for spec, expected in ((small, ["peft", "frozen"]), (TRAINED, ["peft", "frozen", "one adapter"])):
         baselines = rounds.peers_of(spec).BASELINES
         assert [peer.name for peer in baselines if peer.unavailable(spec) is None] == expected
