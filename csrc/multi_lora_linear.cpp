@@ -212,6 +212,14 @@ void down(const MultiBatch& batch, const Choices& choices, const MultiProjection
   }
 }
 
+// Columns [begin, end) of y. `packed` holds a tile of B.
+void up(const Choices& choices, const Unit& unit, const float* s, const Matrix& y, int64_t begin, int64_t end,
+        float* packed) {
+  PEFT_KERNELS_DISPATCH(multi_up, s, ranks_of(unit), unit.factors.lora_B, unit.factors.r, y,
+                        choices.rows.data() + unit.begin, static_cast<int>(unit.end - unit.begin), begin, end, packed);
+}
+
+// Where there are fewer units than keep all threads busy, the columns of each are cut too.
 void forward_one(const MultiBatch& batch, const Choices& choices, const MultiProjection& projection, int threads) {
   const auto most = static_cast<int64_t>(choices.rows.size());
   const Work work = cut(batch, choices, projection, std::clamp<int64_t>(steps(most, 4 * threads), 12, kTileRows));
@@ -225,20 +233,22 @@ void forward_one(const MultiBatch& batch, const Choices& choices, const MultiPro
   const Delta y(projection.y, batch.m, projection.n, batch.choices > 1);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < units; ++i) {
-      const Unit& unit = work.units[static_cast<size_t>(i)];
-      down(batch, choices, projection, unit, s.get() + unit.first, scratch);
-    }
     int64_t begin = 0;
     for (const size_t end : work.choice_ends) {
 #pragma omp for schedule(dynamic)
-      for (int64_t i = begin * pieces; i < static_cast<int64_t>(end) * pieces; ++i) {
-        const Unit& unit = work.units[static_cast<size_t>(i / pieces)];
-        const int64_t first = i % pieces * piece;
-        PEFT_KERNELS_DISPATCH(multi_up, s.get() + unit.first, ranks_of(unit), unit.factors.lora_B, unit.factors.r,
-                              y.sums, choices.rows.data() + unit.begin, static_cast<int>(unit.end - unit.begin), first,
-                              std::min(projection.n, first + piece), scratch.of_thread());
+      for (int64_t i = begin; i < static_cast<int64_t>(end); ++i) {
+        const Unit& unit = work.units[static_cast<size_t>(i)];
+        down(batch, choices, projection, unit, s.get() + unit.first, scratch);
+        if (pieces == 1) up(choices, unit, s.get() + unit.first, y.sums, 0, projection.n, scratch.of_thread());
+      }
+      if (pieces > 1) {
+#pragma omp for schedule(dynamic)
+        for (int64_t i = begin * pieces; i < static_cast<int64_t>(end) * pieces; ++i) {
+          const Unit& unit = work.units[static_cast<size_t>(i / pieces)];
+          const int64_t first = i % pieces * piece;
+          up(choices, unit, s.get() + unit.first, y.sums, first, std::min(projection.n, first + piece),
+             scratch.of_thread());
+        }
       }
       begin = static_cast<int64_t>(end);
     }

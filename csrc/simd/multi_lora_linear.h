@@ -162,11 +162,15 @@ inline void multi_expand(const float* s, int64_t s_stride, int64_t terms, const 
         expand_rows<Type, rows_at_once, false>(s + m * s_stride, s_stride, terms, packed, ranks, nullptr, scale,
                                                targets + m, column, columns);
     };
-    int m = 0;
-    for (; m + kBlockRows <= count && count - m != 8; m += kBlockRows) some(std::integral_constant<int, kBlockRows>{}, m);
-    for (; m + 4 <= count; m += 4) some(std::integral_constant<int, 4>{}, m);
-    for (; m + 2 <= count; m += 2) some(std::integral_constant<int, 2>{}, m);
-    if (m < count) some(std::integral_constant<int, 1>{}, m);
+    // Of 7 to 11 rows two like tiles: after 6 rows a tile of the few that are left would wait for its operands.
+    for (int m = 0; m < count;) {
+      const int left = count - m;
+      const int height = left < kBlockRows ? left : left < 2 * kBlockRows ? (left + 1) / 2 : kBlockRows;
+      unrolled<kBlockRows>([&](auto less) {
+        if (height == less + 1) some(std::integral_constant<int, less + 1>{}, m);
+      });
+      m += height;
+    }
   });
 }
 

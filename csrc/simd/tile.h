@@ -160,8 +160,8 @@ inline void pack_expand_by_rank(const Matrix& weight, int64_t r, int64_t begin, 
   });
 }
 
-// The same for a weight whose ranks lie along its columns (B [N, r]): turned in registers, 4 ranks of a vector's columns
-// at a time.
+// A vector's columns of 4 ranks, turned in registers. Float after float took several times as long as the product with
+// few rows.
 PEFT_KERNELS_INLINE void turn(const float* source, int64_t stride, float* panel) {
   Floats rows[4];
   unrolled<4>([&](auto i) { rows[i] = load_quads(source + i * stride, 4 * stride); });
@@ -169,7 +169,7 @@ PEFT_KERNELS_INLINE void turn(const float* source, int64_t stride, float* panel)
   unrolled<4>([&](auto i) { store(panel + i * kPanel, rows[i]); });
 }
 
-// One vector's columns, `count` of which there are, from `source` on.
+// The same of all ranks, of any type, where there are `count` columns from `source` on; zeros in place of the others.
 template <class Type>
 inline void pack_columns(const typename Type::Storage* source, int64_t stride, int64_t r, int count, float* panel) {
   constexpr int kStep = 64;
@@ -184,6 +184,7 @@ inline void pack_columns(const typename Type::Storage* source, int64_t stride, i
   }
 }
 
+// The same for a weight whose ranks lie along its columns (B [N, r]).
 inline void pack_expand_by_row(const Matrix& weight, int64_t r, int64_t begin, int64_t end, int64_t first,
                                float* packed, int64_t ranks) {
   with_type(weight.dtype, [&](auto type) {

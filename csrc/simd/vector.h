@@ -85,11 +85,10 @@ PEFT_KERNELS_INLINE Floats load_quads(const float* source, int64_t stride) {
 #if PEFT_KERNELS_VECTOR_BYTES == 32
   return _mm256_insertf128_ps(_mm256_castps128_ps256(load<Quad>(source)), load<Quad>(source + stride), 1);
 #elif PEFT_KERNELS_VECTOR_BYTES == 64
-  const __m256 low =
-      _mm256_insertf128_ps(_mm256_castps128_ps256(load<Quad>(source)), load<Quad>(source + stride), 1);
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(load<Quad>(source)), load<Quad>(source + stride), 1);
   const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(load<Quad>(source + 2 * stride)),
                                            load<Quad>(source + 3 * stride), 1);
-  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+  return _mm512_insertf32x8(_mm512_insertf32x8(Floats{}, low, 0), high, 1);
 #else
   (void)stride;
   return load<Floats>(source);
