@@ -6,21 +6,21 @@ What the low-rank half costs as a part of what the `composed` form of it costs (
 other work):
 
     rows x K x N         adapters     r   dtypes of x, adapters   forward   backward
-    512 x 1024 x 1024           8     4   float32                    0.40       0.30
-    512 x 1024 x 1024           8    16   float32                    0.51       0.49
-    the same with dropout 0.1                                        0.56       0.43
-    512 x 1024 x 1024           8    64   float32                    0.75       0.76
-    512 x 1024 x 1024           8   128   float32                    0.80       0.88
-    512 x 1024 x 1024           8   512   float32                    0.99       1.48
-    512 x 1024 x 1024           1    16   float32                    0.86       0.64
-    512 x 1024 x 1024           1   128   float32                    1.11       1.04
-    512 x 1024 x 1024          64    16   float32                    0.58       0.93
-    64 x 1024 x 1024           64    16   float32                    0.59       0.98
-    64 x 1024 x 1024            8   128   float32                    0.57       1.08
-    64 x 384 x 384              8     8   float32                    0.23       0.28
-    4 x 64 x 64                 4     8   float32                    0.35       0.42
-    512 x 1024 x 1024           8    16   bfloat16, float32          0.06       0.11
-    64 x 1024 x 1024           64    16   bfloat16                   0.35       1.09
+    512 x 1024 x 1024           8     4   float32                    0.33       0.30
+    512 x 1024 x 1024           8    16   float32                    0.47       0.49
+    the same with dropout 0.1                                        0.45       0.43
+    512 x 1024 x 1024           8    64   float32                    0.62       0.76
+    512 x 1024 x 1024           8   128   float32                    0.77       0.88
+    512 x 1024 x 1024           8   512   float32                    0.97       1.48
+    512 x 1024 x 1024           1    16   float32                    0.92       0.64
+    512 x 1024 x 1024           1   128   float32                    1.05       1.04
+    512 x 1024 x 1024          64    16   float32                    0.31       0.93
+    64 x 1024 x 1024           64    16   float32                    0.47       0.98
+    64 x 1024 x 1024            8   128   float32                    0.54       1.08
+    64 x 384 x 384              8     8   float32                    0.21       0.28
+    4 x 64 x 64                 4     8   float32                    0.34       0.42
+    512 x 1024 x 1024           8    16   bfloat16, float32          0.08       0.11
+    64 x 1024 x 1024           64    16   bfloat16                   0.29       1.09
 
 A row's update has the same bits whatever its neighbours are. The base product's bits are PyTorch's: on that machine a
 row's were the same from 4 rows on, and others with fewer.
