@@ -18,6 +18,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,9 +100,9 @@ def agreement(ours: Decoded, alone: Decoded) -> tuple[float, float]:
     return float(same.all(1).float().mean()), float(difference.max() / alone.logits.abs().max())
 
 
-def timed(call: Callable[[], Decoded], repeats: int) -> tuple[Decoded, float]:
-    """The result and the seconds of the fastest call; the first is for warming up."""
-    result, best = call(), float("inf")
+def timed(call: Callable[[], Decoded], warm_up: Callable[[], Decoded], repeats: int) -> tuple[Decoded, float]:
+    """The result and the seconds of the fastest call."""
+    result, best = warm_up(), float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
         result = call()
@@ -127,9 +128,13 @@ def measure(adapters: int, new_tokens: int, hidden: int, layers: int, folder: Pa
             return decode(served, prompts, new_tokens)
 
     with torch.inference_mode():
-        ours, pool_time = timed(by_pool, repeats)
-        _, mixed_time = timed(lambda: decode(peft_model, prompts, new_tokens, adapter_names=names), repeats)
-        alone, alone_time = timed(lambda: one_by_one(peft_model, names, prompts, new_tokens), 1)
+        ours, pool_time = timed(by_pool, by_pool, repeats)
+        mixed = partial(decode, peft_model, prompts, new_tokens, adapter_names=names)
+        _, mixed_time = timed(mixed, mixed, repeats)
+        alone_calls = (
+            partial(one_by_one, peft_model, names[:many], prompts[:many], new_tokens) for many in (adapters, 1)
+        )
+        alone, alone_time = timed(*alone_calls, repeats=1)
     seconds = dict(zip(WAYS, (pool_time, mixed_time, alone_time), strict=True))
     rates = {way: adapters * new_tokens / taken for way, taken in seconds.items()}
     return Measured(adapters, rates, *agreement(ours, alone))
