@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_kernels import AdapterPool, attach_pool
 
 RANKS = (8, 16, 32)  # adapters take them in turn
+SCALING = 2.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT_TOKENS = 8
 BUDGET = 2 * 2**30  # bytes for adapters on the device; what does not fit waits in host memory
@@ -64,7 +65,7 @@ def with_adapters(model: LlamaForCausalLM, names: Sequence[str]) -> PeftModel:
     peft_model: PeftModel | None = None
     for i, name in enumerate(tqdm(names, desc="drawing adapters", leave=False)):
         r = RANKS[i % len(RANKS)]
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS, task_type="CAUSAL_LM")
+        config = LoraConfig(r=r, lora_alpha=SCALING * r, target_modules=TARGETS, task_type="CAUSAL_LM")
         if peft_model is None:
             peft_model = get_peft_model(model, config, adapter_name=name)
         else:
@@ -74,6 +75,16 @@ def with_adapters(model: LlamaForCausalLM, names: Sequence[str]) -> PeftModel:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     return peft_model.eval()
+
+
+def factors_by_adapter(peft_model: PeftModel) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """{adapter: {layer: (A, B)}}, the tensors themselves. Where adapters lie in folders, a pool loads those."""
+    found: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for path, module in peft_model.base_model.model.named_modules():
+        for name in module.lora_A if isinstance(module, LoraLayer) else ():
+            pair = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
+            found.setdefault(name, {})[path] = pair
+    return found
 
 
 def decode(model: nn.Module, prompts: Tensor, new_tokens: int, **options) -> Decoded:
@@ -110,17 +121,16 @@ def timed(call: Callable[[], Decoded], warm_up: Callable[[], Decoded], repeats: 
     return result, best
 
 
-def measure(adapters: int, new_tokens: int, hidden: int, layers: int, folder: Path, repeats: int = 2) -> Measured:
+def measure(adapters: int, new_tokens: int, hidden: int, layers: int) -> Measured:
     names = [f"user_{i:03d}" for i in range(adapters)]
     base = new_model(hidden, layers)
     served = copy.deepcopy(base)
     peft_model = with_adapters(base, names)
-    peft_model.save_pretrained(folder, selected_adapters=names)
     prompts = torch.randint(1, base.config.vocab_size, (adapters, PROMPT_TOKENS))
 
     pool = AdapterPool.for_model(served, budget=BUDGET, target_modules=TARGETS, slots=max(adapters, 8))
-    for name in tqdm(names, desc="loading the pool", leave=False):
-        pool.load(name, folder / name)
+    for name, factors in tqdm(factors_by_adapter(peft_model).items(), desc="loading the pool", leave=False):
+        pool.load(name, factors, scaling=SCALING)
     attach_pool(served, pool)
 
     def by_pool() -> Decoded:
@@ -128,9 +138,9 @@ def measure(adapters: int, new_tokens: int, hidden: int, layers: int, folder: Pa
             return decode(served, prompts, new_tokens)
 
     with torch.inference_mode():
-        ours, pool_time = timed(by_pool, by_pool, repeats)
-        mixed = partial(decode, peft_model, prompts, new_tokens, adapter_names=names)
-        _, mixed_time = timed(mixed, mixed, repeats)
+        ours, pool_time = timed(by_pool, by_pool, repeats=3)
+        mixed = partial(decode, peft_model, prompts, adapter_names=names)
+        _, mixed_time = timed(partial(mixed, new_tokens=new_tokens), partial(mixed, new_tokens=1), repeats=1)
         alone_calls = (
             partial(one_by_one, peft_model, names[:many], prompts[:many], new_tokens) for many in (adapters, 1)
         )
@@ -176,13 +186,12 @@ def draw(rows: Sequence[Measured], path: Path) -> None:
 
 
 def main(
-    adapters: Sequence[int] = (1, 8, 64, 256), new_tokens: int = 16, hidden: int = 256, layers: int = 4,
+    adapters: Sequence[int] = (1, 8, 64, 256), new_tokens: int = 8, hidden: int = 256, layers: int = 2,
     output: Path = Path("outputs/serve_adapters.png"),
 ) -> list[Measured]:  # fmt: skip
     rows = []
     for count in tqdm(adapters, desc="numbers of adapters"):
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(count, new_tokens, hidden, layers, Path(folder)))
+        rows.append(measure(count, new_tokens, hidden, layers))
         tqdm.write(table(rows[-1:]))
     print(table(rows))
     draw(rows, output)
@@ -193,8 +202,8 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("outputs/serve_adapters.png"))
     main(**vars(parser.parse_args()))
