@@ -92,9 +92,7 @@ def forward(x, weights, biases, adapters, ids, mix, dropout_ps, seeds, keep_s):
 def backward(grad_ys, x, ss, weights, adapters, ids, mix, dropout_ps, seeds, needs):
     given = next(grad for grad in grad_ys if grad is not None)
     if not ss and (needs.adapter_weights or any(needs.lora_Bs)):
-        raise ValueError(
-            "multi_lora_linear: ss is empty, but wanted gradients need S; expected that of each layer"
-        )
+        raise ValueError("multi_lora_linear: ss is empty, but wanted gradients need S; expected that of each layer")
     grad_x, grad_weights, grad_biases = composed.base_gradients(grad_ys, x, weights, needs)
     grad_mix = given.new_zeros(ids.shape, dtype=torch.float32) if needs.adapter_weights else None
     used = [output for output, grad in enumerate(grad_ys) if grad is not None]
