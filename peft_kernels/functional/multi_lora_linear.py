@@ -168,7 +168,11 @@ def _call(
 
 
 def refuse_dtensors(op: str, *tensors: Any) -> None:
-    """A table of addresses knows nothing of shards."""
+    """A table of addresses knows nothing of shards.
+
+    Raises:
+        NotImplementedError: one of the tensors (None is passed over) is a DTensor, and nothing is being traced.
+    """
     special = [tensor for tensor in tensors if tensor is not None and type(tensor) not in PLAIN]
     if special and not torch.compiler.is_compiling() and is_dtensor(*special):
         raise NotImplementedError(f"{op}: DTensors are not supported; expected tensors of one process")
@@ -192,7 +196,12 @@ def flatten_adapters(op: str, weights, lora_As, lora_Bs, scalings) -> Adapters:
 
 
 def flatten_lists(op: str, weights, lora_As, lora_Bs, scalings) -> AdapterLists:
-    """`flatten_adapters` where there is no pool."""
+    """`flatten_adapters` where there is no pool: for each layer of `weights` a list of A [r, in] and one of B [out, r],
+    None for an adapter that has neither there.
+
+    Raises:
+        As `flatten_adapters`.
+    """
     if lora_Bs is None:
         raise TypeError(f"{op}: lora_Bs is None; expected the B of each A (None goes with an AdapterPool)")
     count = max([0, *(len(layer) for layer in lora_As if layer is not None)])  # dynamo knows no `default`

@@ -47,20 +47,21 @@ def segments(ids: Tensor) -> list[Segment]:
 
 
 class _Dropped:
-    """drop_j(x), made once for each probability: a copy of x for as long as this lives."""
+    """drop_j(x), made once for each projection and probability; a copy of x for each probability of one projection."""
 
     def __init__(self, x: Tensor, dropout_ps, seeds: Tensor | None) -> None:
         self.x, self.dropout_ps, self.seeds = x, dropout_ps, seeds
-        self.made: dict[tuple[int, float], Tensor] = {}
+        self.output, self.made = -1, dict[float, Tensor]()
 
     def rows(self, output: int, segment: Segment) -> Tensor:
         p = self.dropout_ps[segment.adapter] if self.seeds is not None else 0.0
         if not p or self.seeds is None:
             return self.x[segment.rows]
-        key = (output, p)
-        if key not in self.made:
-            self.made = {key: drop(self.x, p, self.seeds[output : output + 1], 0)}
-        return self.made[key][segment.rows]
+        if output != self.output:
+            self.output, self.made = output, {}
+        if p not in self.made:
+            self.made[p] = drop(self.x, p, self.seeds[output : output + 1], 0)
+        return self.made[p][segment.rows]
 
 
 def add_rows(total: Tensor, rows: Rows, left: Tensor, right: Tensor, scaling: float) -> None:

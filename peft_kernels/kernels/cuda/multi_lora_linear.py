@@ -2,7 +2,7 @@
 adds the updates of its own adapters to all of them.
 
 Floor: A and B of each token's adapter once and y twice. Compiled for sm_80, sm_90a and sm_100; never run on a GPU yet
-(docs/kernels.md).
+(docs/kernels_many_adapters.md).
 
 Every token reads its adapters for itself: ids need no sorting, and a row has the same bits alone and in a batch. The
 launch reads the adapters' table on the device: in a CUDA graph, ids and rows of the table may change between replays. A

@@ -10,7 +10,7 @@ launch per projection, not per group.
 
 Floor, bf16, r=16, K=N=4096, H200: 4096 tokens of 64 adapters, 200 us forward, of which the delta 26; 8192 rows of 8
 adapters, training, 365 us forward and 397 us backward. Predicted 235-280, 480-580 and 530-650. Compiled for sm_80,
-sm_90 and sm_100 and interpreted on the CPU; never run on a GPU yet (docs/kernels.md).
+sm_90 and sm_100 and interpreted on the CPU; never run on a GPU yet (docs/kernels_many_adapters.md).
 """
 
 from __future__ import annotations
