@@ -5,15 +5,25 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from peft_kernels.formats.mask import PackedMask, words_of
 from peft_kernels.formats.nf4 import BLOCKSIZES, NESTED_BLOCKSIZE, NF4Weight
 
 FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64))
 MAX_RANK = 512
+
+
+class Placed(Protocol):
+    """A tensor, or what this library keeps in the place of one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def device(self) -> torch.device: ...
 
 
 def shape_text(shape) -> str:
@@ -31,7 +41,7 @@ def check_floating(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: {name} has dtype {value.dtype}; expected float32, float16, bfloat16 or float64")
 
 
-def check_shape(op: str, name: str, value: Tensor | NF4Weight, expected: tuple, why: str) -> None:
+def check_shape(op: str, name: str, value: Placed, expected: tuple, why: str) -> None:
     """`expected` holds sizes, or a name where any size will do."""
     fits = len(value.shape) == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(value.shape, expected, strict=True)
@@ -42,7 +52,7 @@ def check_shape(op: str, name: str, value: Tensor | NF4Weight, expected: tuple, 
         )
 
 
-def check_device(op: str, name: str, value: Tensor | NF4Weight, device: torch.device) -> None:
+def check_device(op: str, name: str, value: Placed, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{op}: {name} is on {value.device}, but x is on {device}; expected all on one device")
 
@@ -191,3 +201,36 @@ def check_nf4_matrix(op: str, name: str, q: Any, x: Tensor) -> None:
         )
     if q.device != x.device:
         raise ValueError(f"{op}: {name} is on {q.device}, but x is on {x.device}; expected all on one device")
+
+
+def check_mask(op: str, name: str, mask: Any) -> None:
+    """Checks that the words of a PackedMask are what its shape says.
+
+    Raises:
+        TypeError: no PackedMask, or words of another dtype.
+        ValueError: words that do not fit the shape.
+    """
+    if not isinstance(mask, PackedMask):
+        raise TypeError(f"{op}: {name} is {type(mask).__name__}; expected a peft_kernels.formats.mask.PackedMask")
+    check_tensor(op, f"{name}.words", mask.words)
+    if mask.words.dtype != torch.int32:
+        raise TypeError(f"{op}: {name}.words has dtype {mask.words.dtype}; expected torch.int32")
+    if len(mask.shape) != 2:
+        raise ValueError(f"{op}: {name} has shape {shape_text(mask.shape)}; expected (out_features, in_features)")
+    n, k = mask.shape
+    check_shape(op, f"{name}.words", mask.words, (n, words_of(k)), f"{name} has shape {shape_text(mask.shape)}")
+
+
+def check_mask_of(op: str, name: str, mask: Any, weight: Placed, whose: str = "weight") -> None:
+    """Checks a PackedMask of `weight` [out, in].
+
+    Raises:
+        TypeError: as `check_mask`.
+        ValueError: as `check_mask`, or of another shape or device than the weight.
+    """
+    if not isinstance(mask, PackedMask) or tuple(mask.shape) != tuple(weight.shape):
+        check_mask(op, name, mask)
+        check_shape(op, name, mask, tuple(weight.shape), f"{whose} has shape {shape_text(weight.shape)}")
+    check_mask(op, name, mask)
+    if mask.device != weight.device:
+        raise ValueError(f"{op}: {name} is on {mask.device}, but {whose} is on {weight.device}; expected the same")

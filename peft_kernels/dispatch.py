@@ -42,6 +42,10 @@ ORDER: dict[str, tuple[str, ...]] = {
     "nf4_lora_linear": ("cuda", "triton", "cpu", "composed", "reference"),
     "nf4_dequantize": ("triton", "cpu", "reference"),
     "nf4_quantize": ("cpu", "reference"),
+    "mask_pack": ("triton", "cpu", "reference"),
+    "mask_unpack": ("triton", "cpu", "reference"),
+    "mask_apply": ("triton", "cpu", "reference"),
+    "masked_linear": ("triton", "cpu", "composed", "reference"),
     "philox_dropout": ("cuda", "triton", "cpu", "reference"),
     "splitk_reduce": ("cuda", "triton", "reference"),
 }

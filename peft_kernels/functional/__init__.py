@@ -8,6 +8,10 @@ from peft_kernels.functional.lora_expert_linear import lora_expert_linear
 from peft_kernels.functional.lora_linear import lora_linear
 from peft_kernels.functional.lora_linear_group import lora_linear_group
 from peft_kernels.functional.lora_swiglu_mlp import lora_swiglu_mlp
+from peft_kernels.functional.mask_apply import mask_apply, mask_apply_
+from peft_kernels.functional.mask_pack import mask_pack
+from peft_kernels.functional.mask_unpack import mask_unpack
+from peft_kernels.functional.masked_linear import masked_linear
 from peft_kernels.functional.multi_lora_expert_linear import multi_lora_expert_linear
 from peft_kernels.functional.multi_lora_linear import multi_lora_linear, multi_lora_linear_group
 from peft_kernels.functional.nf4_dequantize import nf4_dequantize
@@ -26,6 +30,11 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "lora_swiglu_mlp",
+    "mask_apply",
+    "mask_apply_",
+    "mask_pack",
+    "mask_unpack",
+    "masked_linear",
     "multi_lora_expert_linear",
     "multi_lora_linear",
     "multi_lora_linear_group",

@@ -14,6 +14,7 @@ from tests.problems import (
     GatedProblem,
     GroupProblem,
     LoraProblem,
+    MaskedProblem,
     MlpProblem,
     MultiExpertProblem,
     MultiLoraProblem,
@@ -28,7 +29,7 @@ DTYPES = ((F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F16, F32))
 
 NEW = (
     "lora_linear_group", "dora_linear", "gated_activation", "lora_swiglu_mlp", "lora_embedding", "lora_expert_linear",
-    "multi_lora_linear", "multi_lora_expert_linear", "nf4_linear", "nf4_lora_linear",
+    "multi_lora_linear", "multi_lora_expert_linear", "nf4_linear", "nf4_lora_linear", "masked_linear",
 )  # fmt: skip
 # Ops of an x with dropout.
 LINEAR = (
@@ -40,7 +41,7 @@ LINEAR = (
     "multi_lora_expert_linear",
     "nf4_lora_linear",
 )
-RANKLESS = ("gated_activation", "nf4_linear")
+RANKLESS = ("gated_activation", "nf4_linear", "masked_linear")
 
 
 def dtype_id(pair: tuple) -> str:
@@ -88,6 +89,7 @@ BUILDERS: dict[str, Callable[..., Problem]] = {
     "multi_lora_expert_linear": _multi_experts,
     "nf4_linear": lambda m, k, n, r, **options: Nf4Problem(m, k, n, **options),
     "nf4_lora_linear": lambda m, k, n, r, **options: Nf4LoraProblem(m, k, n, r, **options),
+    "masked_linear": lambda m, k, n, r, **options: MaskedProblem(m, k, n, **options),
 }
 FIELDS = {
     "lora_linear": LoraProblem, "lora_linear_group": GroupProblem, "dora_linear": DoraProblem,
@@ -95,6 +97,7 @@ FIELDS = {
     "lora_expert_linear": ExpertProblem, "multi_lora_linear": MultiLoraProblem,
     "multi_lora_expert_linear": MultiExpertProblem,
     "nf4_linear": Nf4Problem, "nf4_lora_linear": Nf4LoraProblem,
+    "masked_linear": MaskedProblem,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from tests.problems.experts import ExpertProblem
 from tests.problems.gated import GatedProblem
 from tests.problems.group import GroupProblem
 from tests.problems.lora import LoraProblem
+from tests.problems.masked import MaskedProblem
 from tests.problems.mlp import MlpProblem
 from tests.problems.multi import MultiLoraProblem
 from tests.problems.multi_experts import MultiExpertProblem
@@ -25,6 +26,7 @@ PLAIN = {
     "multi_lora_expert_linear": lambda device: MultiExpertProblem((16, 16), 64, 64, (16, 16), device=device),
     "nf4_linear": lambda device: Nf4Problem(16, 64, 64, bias=False, device=device),
     "nf4_lora_linear": lambda device: Nf4LoraProblem(16, 64, 64, 16, bias=False, device=device),
+    "masked_linear": lambda device: MaskedProblem(32, 64, 64, bias=False, device=device),
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "GatedProblem",
     "GroupProblem",
     "LoraProblem",
+    "MaskedProblem",
     "MlpProblem",
     "MultiExpertProblem",
     "MultiLoraProblem",
