@@ -26,18 +26,33 @@ class Positions(NamedTuple):
         starts: int64 [ceil(out_features / 64) + 1], on the CPU: the places of strip i (rows 64·i and up) are
             flat[starts[i] : starts[i + 1]].
         shape: of the matrix.
+        order: [nnz] of flat's dtype, on its device: numbers of the places, by column and within one by row; None until
+            `with_columns`.
+        column_starts: as `starts`, for strips of 64 columns in that order.
     """
 
     flat: Tensor
     starts: Tensor
     shape: torch.Size
+    order: Tensor | None = None
+    column_starts: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return self.flat.device
 
     def to(self, device: torch.device | str) -> Positions:
-        return self._replace(flat=self.flat.to(device))
+        order = None if self.order is None else self.order.to(device)
+        return self._replace(flat=self.flat.to(device), order=order)
+
+    def with_columns(self) -> Positions:
+        """The same with the order by columns, which gradients of x go through (waits for the device)."""
+        if self.order is not None:
+            return self
+        columns, order = (self.flat.long() % max(1, self.shape[1])).sort(stable=True)
+        ends = torch.arange(-(-self.shape[1] // STRIP) + 1, device=self.device) * STRIP
+        starts = torch.searchsorted(columns, ends).cpu()
+        return self._replace(order=order.to(self.flat.dtype), column_starts=starts)
 
 
 def index_dtype(shape: torch.Size) -> torch.dtype:
