@@ -46,6 +46,8 @@ ORDER: dict[str, tuple[str, ...]] = {
     "mask_unpack": ("triton", "cpu", "reference"),
     "mask_apply": ("triton", "cpu", "reference"),
     "masked_linear": ("triton", "cpu", "composed", "reference"),
+    "masked_lora_linear": ("triton", "cpu", "composed", "reference"),
+    "multi_mask_linear": ("triton", "composed", "reference"),
     "philox_dropout": ("cuda", "triton", "cpu", "reference"),
     "splitk_reduce": ("cuda", "triton", "reference"),
 }

@@ -8,6 +8,7 @@ wide or a multiple is a tile of whole words, whichever way round the tile is mul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,50 @@ class PackedMask(NamedTuple):
         if other.device != self.device:
             raise ValueError(f"PackedMask: devices {self.device} and {other.device}; expected the same")
         return other
+
+
+class PackedMaskStack(NamedTuple):
+    """Masks of one matrix, one behind another, as `multi_mask_linear` reads them.
+
+    Attributes:
+        words: int32 [masks, out_features, ceil(in_features / 32)].
+        shape: of the matrix, [out_features, in_features].
+    """
+
+    words: Tensor
+    shape: torch.Size
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    def __len__(self) -> int:
+        """How many masks."""
+        return self.words.shape[0]
+
+    def mask(self, i: int) -> PackedMask:
+        """Mask i, sharing the memory."""
+        return PackedMask(self.words[i], self.shape)
+
+    def to(self, device: torch.device | str) -> PackedMaskStack:
+        return self._replace(words=self.words.to(device))
+
+
+def stack(masks: Sequence[PackedMask]) -> PackedMaskStack:
+    """Copies masks into one tensor.
+
+    Raises:
+        ValueError: no mask, or masks of several shapes or devices.
+    """
+    if not masks:
+        raise ValueError("stack: no masks; expected at least one")
+    for i, mask in enumerate(masks):
+        if (mask.shape, mask.device) != (masks[0].shape, masks[0].device):
+            raise ValueError(
+                f"stack: masks[{i}] has shape {tuple(mask.shape)} on {mask.device}, masks[0] {tuple(masks[0].shape)} "
+                f"on {masks[0].device}; expected the same"
+            )
+    return PackedMaskStack(torch.stack([mask.words for mask in masks]), masks[0].shape)
 
 
 def popcount(words: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from peft_kernels.functional.mask_apply import mask_apply, mask_apply_
 from peft_kernels.functional.mask_pack import mask_pack
 from peft_kernels.functional.mask_unpack import mask_unpack
 from peft_kernels.functional.masked_linear import masked_linear
+from peft_kernels.functional.masked_lora_linear import masked_lora_linear
 from peft_kernels.functional.multi_lora_expert_linear import multi_lora_expert_linear
 from peft_kernels.functional.multi_lora_linear import multi_lora_linear, multi_lora_linear_group
+from peft_kernels.functional.multi_mask_linear import multi_mask_linear
 from peft_kernels.functional.nf4_dequantize import nf4_dequantize
 from peft_kernels.functional.nf4_linear import nf4_linear
 from peft_kernels.functional.nf4_lora_linear import nf4_lora_linear
@@ -35,9 +37,11 @@ __all__ = [
     "mask_pack",
     "mask_unpack",
     "masked_linear",
+    "masked_lora_linear",
     "multi_lora_expert_linear",
     "multi_lora_linear",
     "multi_lora_linear_group",
+    "multi_mask_linear",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_lora_linear",

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from peft_kernels import ops
-from peft_kernels.checks import check_bias, check_device, check_floating, check_mask_of, check_shape, check_weight
-from peft_kernels.formats.mask import PackedMask
+from peft_kernels.checks import (
+    FLOATS,
+    check_bias,
+    check_device,
+    check_floating,
+    check_mask_of,
+    check_shape,
+    check_weight,
+)
+from peft_kernels.formats.mask import PackedMask, words_of
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.formats.positions import Positions
 
@@ -56,16 +64,42 @@ def masked_linear(
         ValueError: a shape or device does not fit; the message names the argument, what it is and what it should be.
         TypeError: an argument is of the wrong type or dtype.
     """
-    check_floating(_OP, "x", x)
-    if x.ndim == 0:
-        raise ValueError(f"{_OP}: x has no dimensions; expected (..., in_features)")
-    features = x.shape[-1]
-    check_weight(_OP, "weight", weight, x, ("out_features", features), f"x has {features} features")
-    check_mask_of(_OP, "mask", mask, weight)
-    if bias is not None:
-        check_bias(_OP, "bias", bias, "weight", weight)
+    if not masked_fits(x, weight, mask, bias):
+        explain_masked(_OP, x, weight, mask, bias)
     _check_layout(grad_layout, weight, values, places)
     return ops.masked_linear.masked_linear(x, weight, mask, bias, bool(weight_is_masked), values, places)
+
+
+def masked_fits(x, weight, mask, bias) -> bool:
+    """Whether x, a dense weight, its mask and its bias are valid: cheap, and silent about what is not."""
+    try:
+        dtype, device, (n, k) = x.dtype, x.device, weight.shape
+        return (
+            isinstance(weight, Tensor)
+            and isinstance(mask, PackedMask)
+            and x.shape[-1] == k
+            and dtype in FLOATS
+            and (weight.dtype == dtype or (weight.dtype in FLOATS and torch.is_autocast_enabled(device.type)))
+            and mask.shape == weight.shape
+            and mask.words.shape == (n, words_of(k))
+            and mask.words.dtype == torch.int32
+            and device == weight.device == mask.words.device
+            and (bias is None or (bias.shape == (n,) and bias.device == device and bias.dtype == weight.dtype))
+        )
+    except (AttributeError, ValueError, IndexError, TypeError):
+        return False  # not a tensor, or not of two dimensions: the caller finds out which and says so
+
+
+def explain_masked(op: str, x, weight, mask, bias) -> None:
+    """Raises for the first argument that does not fit. Returns when all do (a weight of 4 bits)."""
+    check_floating(op, "x", x)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x has no dimensions; expected (..., in_features)")
+    features = x.shape[-1]
+    check_weight(op, "weight", weight, x, ("out_features", features), f"x has {features} features")
+    check_mask_of(op, "mask", mask, weight)
+    if bias is not None:
+        check_bias(op, "bias", bias, "weight", weight)
 
 
 def _check_layout(grad_layout, weight, values, places) -> None:

@@ -364,18 +364,18 @@ def check_adapters(op: str, x: Tensor, weights, adapters: Adapters) -> None:
 
 
 def adapter_choice(
-    op: str, x: Tensor, adapter_ids: Tensor, adapter_weights: Tensor | None, count: int
+    op: str, x: Tensor, adapter_ids: Tensor, adapter_weights: Tensor | None, count: int, name: str = "adapter_ids"
 ) -> tuple[Tensor, Tensor | None]:
-    """The ids of each row of x, int64 [M, k], and their weights [M, k].
+    """The ids of each row of x, int64 [M, k], and their weights [M, k]; `name` is what the op calls its ids.
 
     Raises:
         TypeError: ids or weights of another type.
         ValueError: shapes or devices that do not fit, or an id out of range.
     """
-    check_tensor(op, "adapter_ids", adapter_ids)
+    check_tensor(op, name, adapter_ids)
     if adapter_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: adapter_ids has dtype {adapter_ids.dtype}; expected torch.int32 or torch.int64")
-    check_device(op, "adapter_ids", adapter_ids, x.device)
+        raise TypeError(f"{op}: {name} has dtype {adapter_ids.dtype}; expected torch.int32 or torch.int64")
+    check_device(op, name, adapter_ids, x.device)
     refuse_dtensors(op, adapter_ids, adapter_weights)
     batch = x.shape[:-1]
     several = adapter_weights is not None
@@ -384,18 +384,18 @@ def adapter_choice(
         check_device(op, "adapter_weights", adapter_weights, x.device)
         if adapter_weights.shape != adapter_ids.shape:
             raise ValueError(
-                f"{op}: adapter_weights has shape {shape_text(adapter_weights.shape)}; expected that of adapter_ids, "
+                f"{op}: adapter_weights has shape {shape_text(adapter_weights.shape)}; expected that of {name}, "
                 f"{shape_text(adapter_ids.shape)}"
             )
     given = adapter_ids.shape[:-1] if several else adapter_ids.shape
     if (several and adapter_ids.ndim == 0) or given not in (batch, batch[:1]):
         tail = ", k" if several else ""
         raise ValueError(
-            f"{op}: adapter_ids has shape {shape_text(adapter_ids.shape)}, but x has shape {shape_text(x.shape)}; "
+            f"{op}: {name} has shape {shape_text(adapter_ids.shape)}, but x has shape {shape_text(x.shape)}; "
             f"expected ({', '.join(map(str, batch))}{tail}), one per row, or ({batch[0] if batch else ''}{tail}), "
             "one per sample"
         )
-    _check_range(op, adapter_ids, count)
+    _check_range(op, adapter_ids, count, name)
     ids = adapter_ids if adapter_ids.dtype == torch.int64 else adapter_ids.to(torch.int64)
     ids = _per_row(ids, given, batch, several)
     if adapter_weights is None:
@@ -421,7 +421,7 @@ def reads_ids(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type != "meta" and os.environ.get(CHECK_IDS_VARIABLE) == "1")
 
 
-def _check_range(op: str, adapter_ids: Tensor, count: int) -> None:
+def _check_range(op: str, adapter_ids: Tensor, count: int, name: str) -> None:
     if adapter_ids.numel() == 0 or torch.compiler.is_compiling() or type(adapter_ids) is not Tensor:
         return
     if not reads_ids(adapter_ids.device):
@@ -429,7 +429,7 @@ def _check_range(op: str, adapter_ids: Tensor, count: int) -> None:
     low, high = (int(value) for value in torch.aminmax(adapter_ids))
     if low < -1 or high >= count:
         wrong = low if low < -1 else high
-        raise ValueError(f"{op}: adapter_ids holds {wrong}; expected ids in [-1, {count}), -1 for no adapter")
+        raise ValueError(f"{op}: {name} holds {wrong}; expected ids in [-1, {count}), -1 for none")
 
 
 def dropout_of(

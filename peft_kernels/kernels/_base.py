@@ -1,5 +1,5 @@
-"""The frozen weight under an adapter: a dense matrix, one of 4 bits, or a stack of either, each of whose matrices has
-rows of its own. What implementations do with each."""
+"""The frozen weight under an adapter: a dense matrix, one of 4 bits, either of them under a mask, or a stack of either,
+each of whose matrices has rows of its own. What implementations do with each."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.ops import nf4_linear
+from peft_kernels.ops._weights import split
 
 
 class ExpertStack(NamedTuple):
@@ -28,7 +29,19 @@ class ExpertStack(NamedTuple):
         return ((e, expert(self.stack, e), rows) for e, rows in self.segments)
 
 
-Weight = Tensor | NF4Weight | ExpertStack
+class MaskedWeight(NamedTuple):
+    """W ⊙ M. `clean`: whether the matrix is 0 outside the mask already."""
+
+    matrix: Tensor | NF4Weight
+    words: Tensor
+    clean: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.matrix.shape
+
+
+Weight = Tensor | NF4Weight | ExpertStack | MaskedWeight
 
 
 def expert_segments(op: str, offsets: Tensor, rows: int) -> list[tuple[int, slice]]:
@@ -53,6 +66,10 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         y = x.new_zeros(x.shape[0], weight.shape[0])
         linear_into(y, x, weight, bias)
         return y
+    if isinstance(weight, MaskedWeight):
+        (first,), others, layout = split((weight.matrix,))
+        masked_linear = torch.ops.peft_kernels.masked_linear
+        return masked_linear(x, [first, *others], layout, weight.words, weight.clean, bias)
     if isinstance(weight, NF4Weight):
         return torch.ops.peft_kernels.nf4_linear(x, weight.tensors, weight.layout, bias)
     return F.linear(x, weight, bias)
@@ -63,7 +80,7 @@ def linear_into(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None) -> No
     if isinstance(weight, ExpertStack):
         for e, matrix, rows in weight.parts():
             linear_into(y[rows], x[rows], matrix, None if bias is None else bias[e])
-    elif isinstance(weight, NF4Weight):
+    elif isinstance(weight, (NF4Weight, MaskedWeight)):
         y.copy_(linear(x, weight, bias))
     elif bias is None:
         torch.mm(x, weight.t(), out=y)
@@ -77,6 +94,13 @@ def grad_input(grad_y: Tensor, weight: Weight) -> Tensor:
         grad_x = grad_y.new_zeros(grad_y.shape[0], weight.shape[1])
         grad_input_into(grad_x, grad_y, weight)
         return grad_x
+    if isinstance(weight, MaskedWeight):
+        (first,), others, layout = split((weight.matrix,))
+        backward = torch.ops.peft_kernels.masked_linear_backward
+        needs = (True, False, False, False)
+        return backward(
+            grad_y, None, [first, *others], layout, weight.words, weight.clean, None, None, None, needs
+        )[0]  # fmt: skip
     if isinstance(weight, NF4Weight):
         return torch.ops.peft_kernels.nf4_linear_backward(grad_y, weight.tensors, weight.layout)
     return torch.mm(grad_y, weight)
@@ -87,7 +111,7 @@ def grad_input_into(grad_x: Tensor, grad_y: Tensor, weight: Weight) -> None:
     if isinstance(weight, ExpertStack):
         for _, matrix, rows in weight.parts():
             grad_input_into(grad_x[rows], grad_y[rows], matrix)
-    elif isinstance(weight, NF4Weight):
+    elif isinstance(weight, (NF4Weight, MaskedWeight)):
         grad_x.copy_(grad_input(grad_y, weight))
     else:
         torch.mm(grad_y, weight, out=grad_x)
@@ -98,6 +122,9 @@ def add_grad_input(grad_x: Tensor, grad_y: Tensor, weight: Weight) -> None:
     if isinstance(weight, ExpertStack):
         for _, matrix, rows in weight.parts():
             add_grad_input(grad_x[rows], grad_y[rows], matrix)
+        return
+    if isinstance(weight, MaskedWeight):
+        grad_x.add_(grad_input(grad_y, weight))
         return
     if not isinstance(weight, NF4Weight):
         grad_x.addmm_(grad_y, weight)

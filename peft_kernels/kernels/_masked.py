@@ -88,11 +88,11 @@ def grad_at(grad_y: Tensor, x: Tensor, places: Positions, dtype: torch.dtype) ->
         chosen = slice(counts[start // STRIP], counts[-(-stop // STRIP)])
         if chosen.start == chosen.stop:
             continue
-        strip = sum_over_rows(grad_y[:, start:stop], x, _like(stop - start, k, dtype, grad_y.device))
+        strip = sum_over_rows(grad_y[:, start:stop], x, like(stop - start, k, dtype, grad_y.device))
         values[chosen] = strip.flatten()[places.flat[chosen].long() - start * k]
     return values
 
 
-def _like(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def like(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What lends `sum_over_rows` its shape and dtype, without memory of its own."""
     return torch.empty((), dtype=dtype, device=device).expand(rows, columns)

@@ -14,10 +14,12 @@ from tests.problems import (
     GatedProblem,
     GroupProblem,
     LoraProblem,
+    MaskedLoraProblem,
     MaskedProblem,
     MlpProblem,
     MultiExpertProblem,
     MultiLoraProblem,
+    MultiMaskProblem,
     Nf4LoraProblem,
     Nf4Problem,
     Problem,
@@ -30,6 +32,7 @@ DTYPES = ((F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F16, F32))
 NEW = (
     "lora_linear_group", "dora_linear", "gated_activation", "lora_swiglu_mlp", "lora_embedding", "lora_expert_linear",
     "multi_lora_linear", "multi_lora_expert_linear", "nf4_linear", "nf4_lora_linear", "masked_linear",
+    "masked_lora_linear", "multi_mask_linear",
 )  # fmt: skip
 # Ops of an x with dropout.
 LINEAR = (
@@ -40,8 +43,9 @@ LINEAR = (
     "multi_lora_linear",
     "multi_lora_expert_linear",
     "nf4_lora_linear",
+    "masked_lora_linear",
 )
-RANKLESS = ("gated_activation", "nf4_linear", "masked_linear")
+RANKLESS = ("gated_activation", "nf4_linear", "masked_linear", "multi_mask_linear")
 
 
 def dtype_id(pair: tuple) -> str:
@@ -90,6 +94,8 @@ BUILDERS: dict[str, Callable[..., Problem]] = {
     "nf4_linear": lambda m, k, n, r, **options: Nf4Problem(m, k, n, **options),
     "nf4_lora_linear": lambda m, k, n, r, **options: Nf4LoraProblem(m, k, n, r, **options),
     "masked_linear": lambda m, k, n, r, **options: MaskedProblem(m, k, n, **options),
+    "masked_lora_linear": lambda m, k, n, r, **options: MaskedLoraProblem(m, k, n, r, update_masked=True, **options),
+    "multi_mask_linear": lambda m, k, n, r, **options: MultiMaskProblem(m, k, n, **options),
 }
 FIELDS = {
     "lora_linear": LoraProblem, "lora_linear_group": GroupProblem, "dora_linear": DoraProblem,
@@ -97,7 +103,7 @@ FIELDS = {
     "lora_expert_linear": ExpertProblem, "multi_lora_linear": MultiLoraProblem,
     "multi_lora_expert_linear": MultiExpertProblem,
     "nf4_linear": Nf4Problem, "nf4_lora_linear": Nf4LoraProblem,
-    "masked_linear": MaskedProblem,
+    "masked_linear": MaskedProblem, "masked_lora_linear": MaskedLoraProblem, "multi_mask_linear": MultiMaskProblem,
 }  # fmt: skip
 
 

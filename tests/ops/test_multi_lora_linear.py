@@ -284,7 +284,7 @@ def test_ids_out_of_range_are_refused_before_anything_runs(backend, bad, monkeyp
     monkeypatch.setenv(module.CHECK_IDS_VARIABLE, "1")
     problem = MultiLoraProblem(6, device=backend.device)
     problem.ids[4] = bad
-    with pytest.raises(ValueError, match=rf"adapter_ids holds {bad}; expected ids in \[-1, 5\), -1 for no adapter"):
+    with pytest.raises(ValueError, match=rf"adapter_ids holds {bad}; expected ids in \[-1, 5\), -1 for none"):
         problem.call()
 
 

@@ -7,7 +7,7 @@ from tests.problems.experts import ExpertProblem
 from tests.problems.gated import GatedProblem
 from tests.problems.group import GroupProblem
 from tests.problems.lora import LoraProblem
-from tests.problems.masked import MaskedProblem
+from tests.problems.masked import MaskedLoraProblem, MaskedProblem, MultiMaskProblem
 from tests.problems.mlp import MlpProblem
 from tests.problems.multi import MultiLoraProblem
 from tests.problems.multi_experts import MultiExpertProblem
@@ -27,6 +27,8 @@ PLAIN = {
     "nf4_linear": lambda device: Nf4Problem(16, 64, 64, bias=False, device=device),
     "nf4_lora_linear": lambda device: Nf4LoraProblem(16, 64, 64, 16, bias=False, device=device),
     "masked_linear": lambda device: MaskedProblem(32, 64, 64, bias=False, device=device),
+    "masked_lora_linear": lambda device: MaskedLoraProblem(32, 64, 64, 16, bias=False, device=device),
+    "multi_mask_linear": lambda device: MultiMaskProblem(32, 64, 64, device=device),
 }
 
 __all__ = [
@@ -37,10 +39,12 @@ __all__ = [
     "GatedProblem",
     "GroupProblem",
     "LoraProblem",
+    "MaskedLoraProblem",
     "MaskedProblem",
     "MlpProblem",
     "MultiExpertProblem",
     "MultiLoraProblem",
+    "MultiMaskProblem",
     "Nf4LoraProblem",
     "Nf4Problem",
     "Problem",
