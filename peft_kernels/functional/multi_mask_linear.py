@@ -27,8 +27,8 @@ def multi_mask_linear(
     y[m] = x[m] (W ⊙ M_i)ᵀ + b,  i = mask_ids[m];  dW = Σ_i (dY_iᵀ x_i) ⊙ M_i over the rows of each mask
 
     One dense W serves all subnetworks (winning tickets, task masks: SupSup, Wortsman et al. 2020,
-    https://arxiv.org/abs/2006.14769), each of which costs one bit a weight: 2 MiB beside 4096 x 4096. Second derivatives
-    raise RuntimeError.
+    https://arxiv.org/abs/2006.14769), each of which costs one bit a weight: 2 MiB beside 4096 x 4096. Second
+    derivatives raise RuntimeError.
 
     Args:
         x: [..., in_features], any strides, any number of rows; float32, float16, bfloat16 or float64.

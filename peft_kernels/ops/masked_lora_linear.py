@@ -17,7 +17,7 @@ from peft_kernels.ops._weights import Weight, joined, split
 from peft_kernels.ops.lora_linear import autocast_together
 
 SCHEMAS = {
-    # weight, layout, words, clean: as of `masked_linear`. s = drop(x) Aᵀ, or without columns where the update is masked.
+    # weight, layout, words, clean: as of `masked_linear`. s = drop(x) Aᵀ; no columns where the update is masked.
     "masked_lora_linear": (
         "(Tensor x, Tensor[] weight, int[] layout, Tensor words, bool clean, Tensor? bias, Tensor lora_A,"
         " Tensor lora_B, float scaling, float dropout_p, Tensor? seed, bool update_masked) -> (Tensor y, Tensor s)"
