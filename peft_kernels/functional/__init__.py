@@ -21,6 +21,7 @@ from peft_kernels.functional.nf4_linear import nf4_linear
 from peft_kernels.functional.nf4_lora_linear import nf4_lora_linear
 from peft_kernels.functional.nf4_quantize import nf4_quantize
 from peft_kernels.functional.philox_dropout import philox_dropout
+from peft_kernels.functional.sparse_delta_linear import sparse_delta_linear
 from peft_kernels.functional.splitk_reduce import splitk_reduce
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "nf4_lora_linear",
     "nf4_quantize",
     "philox_dropout",
+    "sparse_delta_linear",
     "splitk_reduce",
 ]

@@ -35,6 +35,7 @@ from peft_kernels.ops import (
     nf4_lora_linear,
     nf4_quantize,
     philox_dropout,
+    sparse_delta_linear,
     splitk_reduce,
 )
 
@@ -61,6 +62,7 @@ MODULES = (
     masked_linear,
     masked_lora_linear,
     multi_mask_linear,
+    sparse_delta_linear,
     philox_dropout,
     splitk_reduce,
 )
