@@ -263,6 +263,23 @@ def _nf4_quantize_cases(draw: Draw) -> Iterator[Case]:
         yield problems.nf4_quantize(shape, draw, weight.get("blocksize", 64))
 
 
+_DENSITIES = (0.5, 0.02, 0.9, 0.3, 1.0)
+
+
+def _masked_linear_cases(draw: Draw) -> Iterator[Case]:
+    for shape, density in zip(_LAYERS, _DENSITIES, strict=True):
+        yield problems.masked_linear(shape, draw, density)
+    yield problems.masked_linear(_LAYERS[2], draw, weight_is_masked=True)
+
+
+def _masked_lora_linear_cases(draw: Draw) -> Iterator[Case]:
+    """The update inside the mask, and beside it."""
+    for shape, density in zip(_LAYERS, _DENSITIES, strict=True):
+        yield problems.masked_lora_linear(shape, draw, density)
+    for shape in _LAYERS[1:3]:
+        yield problems.masked_lora_linear(shape, draw, update_masked=False)
+
+
 CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "lora_linear": _of_shapes(problems.lora_linear, _LAYERS),
     "lora_linear_group": _of_shapes(problems.lora_linear_group, _LAYERS),
@@ -278,6 +295,12 @@ CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "nf4_lora_linear": _quantised(problems.nf4_lora_linear),
     "nf4_dequantize": _quantised(problems.nf4_dequantize),
     "nf4_quantize": _nf4_quantize_cases,
+    "mask_pack": _of_shapes(problems.mask_pack, _LAYERS),
+    "mask_unpack": _of_shapes(problems.mask_unpack, _LAYERS),
+    "mask_apply": _of_shapes(problems.mask_apply, _LAYERS),
+    "masked_linear": _masked_linear_cases,
+    "masked_lora_linear": _masked_lora_linear_cases,
+    "multi_mask_linear": _of_shapes(problems.multi_mask_linear, _MULTI),
     "philox_dropout": _of_shapes(problems.philox_dropout, _TENSORS),
     "splitk_reduce": _splitk_reduce_cases,
 }

@@ -12,6 +12,7 @@ from peft_kernels.formats.mask import PackedMask, pack
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.formats.positions import Positions
 from peft_kernels.problems import nf4_decoded
+from peft_kernels.problems.pruned import by_rows
 from tests.problems.base import Problem, batch_of, drawer
 from tests.problems.lora import LoraProblem
 from tests.problems.nf4 import part_of
@@ -182,8 +183,4 @@ class MultiMaskProblem(Problem):
         return (t["x"], t["weight"], [pack(kept) for kept in self.kept], self.ids), {"bias": t["bias"]}
 
     def compose(self, t):
-        y = F.linear(t["x"], t["weight"], t["bias"])
-        for i, kept in enumerate(self.kept):
-            own = (self.ids == i).unsqueeze(-1)
-            y = torch.where(own, F.linear(t["x"], t["weight"] * kept, t["bias"]), y)
-        return y
+        return by_rows(t["x"], t["weight"], self.kept, self.ids, t["bias"])

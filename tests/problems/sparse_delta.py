@@ -20,13 +20,14 @@ from tests.problems.nf4 import part_of
 @dataclass
 class SparseDeltaProblem(Problem):
     """y = x (W + Δ)ᵀ + b. `deltas`: None for one, else how many rows choose from, of which the last has no row, and
-    some rows have none; the first is empty where there are three. `nf4`: a frozen weight of 4 bits."""
+    some rows have none; the first is empty where there are three. `adapter_dtype`: of the values, None for x's.
+    `nf4`: a frozen weight of 4 bits."""
 
     m: tuple[int, ...] | int = 33
     k: int = 48
     n: int = 40
     dtype: torch.dtype = torch.float32
-    adapter_dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
     density: float = 0.1
     bias: bool = True
     deltas: int | None = None
@@ -57,7 +58,7 @@ class SparseDeltaProblem(Problem):
             kept = drawn_mask(self.n, self.k, density, self.seed + i, self.device)
             self.places.append(prepare(kept.flatten().nonzero().squeeze(1), kept.shape)[0])
             name = "values" if self.deltas is None else f"values.{i}"
-            self.tensors[name] = draw(self.places[i].flat.numel(), scale=scale, dtype=self.adapter_dtype)
+            self.tensors[name] = draw(self.places[i].flat.numel(), scale=scale, dtype=self.adapter_dtype or self.dtype)
         if self.deltas is not None:
             drawn = torch.rand(batch, generator=torch.Generator().manual_seed(self.seed))
             self.ids = (drawn * self.deltas).long().sub(1).to(self.device)  # -1 to deltas - 2
