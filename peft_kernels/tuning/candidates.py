@@ -137,6 +137,7 @@ SPACES: dict[str, Space] = {
     "nf4_grad_x": _NF4_GRAD_X,
     "nf4_grad_x_any": _NF4_GRAD_X,
     "multi_decode": _MULTI_DECODE,
+    "mask_passes": Space((("block", (2048, 4096, 8192)), ("block_k", (128, 256, 512)), _WARPS)),
 }
 
 

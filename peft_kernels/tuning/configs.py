@@ -138,6 +138,14 @@ class Nf4Dequantize(Config):
 
 
 @dataclass(frozen=True)
+class MaskPasses(Config):
+    """`block` elements belong to a program, in rows of at most `block_k`, a multiple of 32."""
+
+    block: int
+    block_k: int
+
+
+@dataclass(frozen=True)
 class Nf4Gemm(Config):
     """N rows and K columns are those of the weight, `block_n` by `block_k` of which are decoded at a time. The sum is
     split where fewer than `programs` tiles are there. `block_r` and `group_m` as in `ExtendedGemm`. The kernels named
@@ -208,4 +216,5 @@ CONFIGS: dict[str, type[Config]] = {
     "nf4_grad_x": Nf4Gemm,
     "nf4_grad_x_any": Nf4Gemm,
     "multi_decode": MultiDecode,
+    "mask_passes": MaskPasses,
 }
