@@ -47,12 +47,16 @@ class Positions(NamedTuple):
 
     def with_columns(self) -> Positions:
         """The same with the order by columns, which gradients of x go through (waits for the device)."""
-        if self.order is not None:
-            return self
+        order, starts = self.by_columns()
+        return self._replace(order=order, column_starts=starts)
+
+    def by_columns(self) -> tuple[Tensor, Tensor]:
+        """(order, column_starts), made where they are not there (then it waits for the device)."""
+        if self.order is not None and self.column_starts is not None:
+            return self.order, self.column_starts
         columns, order = (self.flat.long() % max(1, self.shape[1])).sort(stable=True)
         ends = torch.arange(-(-self.shape[1] // STRIP) + 1, device=self.device) * STRIP
-        starts = torch.searchsorted(columns, ends).cpu()
-        return self._replace(order=order.to(self.flat.dtype), column_starts=starts)
+        return order.to(self.flat.dtype), torch.searchsorted(columns, ends).cpu()
 
 
 def index_dtype(shape: torch.Size) -> torch.dtype:

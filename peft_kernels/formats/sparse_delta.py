@@ -7,16 +7,14 @@ like train such a change and nothing else. 1 % of 4096 x 4096 takes 1.3 MB with 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_kernels.checks import FLOATS
-from peft_kernels.formats.positions import Positions, index_dtype, positions
+from peft_kernels.formats.positions import Positions, positions
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -156,8 +154,8 @@ def prepare(indices: Tensor, shape: Sequence[int]) -> tuple[Positions, Tensor | 
     again = flat[1:][flat.diff() == 0]
     if again.numel():
         raise ValueError(
-            f"sparse delta: indices names {again.unique().numel()} places more than once, the first is {int(again[0])}; "
-            "expected each place once"
+            f"sparse delta: indices names {again.unique().numel()} places more than once, the first is "
+            f"{int(again[0])}; expected each place once"
         )
     return positions(flat, shape).with_columns(), order
 

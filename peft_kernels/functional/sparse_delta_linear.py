@@ -49,8 +49,8 @@ def sparse_delta_linear(
         values: [nnz], what is added there; any floating-point dtype (float32 over 16 bits is usual), which its gradient
             has too.
         bias: [out_features] in the weight's dtype (over an `NF4Weight` in any), or None.
-        delta_ids: None for one delta. Else `indices` and `values` are sequences, one entry for each delta, all values in
-            one dtype, and each row takes its own: int32 or int64, one per row, in the shape of x without its last
+        delta_ids: None for one delta. Else `indices` and `values` are sequences, one entry for each delta, all values
+            in one dtype, and each row takes its own: int32 or int64, one per row, in the shape of x without its last
             dimension, or one per sample, [x.shape[0]]; -1 for W alone. On a CPU the range is checked; on a GPU only
             where PEFT_KERNELS_CHECK_IDS=1, and ids outside count as -1.
 
@@ -87,7 +87,7 @@ def deltas_of(weight: Tensor | NF4Weight, indices, values, several: bool) -> lis
     for name, given in (("indices", indices), ("values", values)):
         if isinstance(given, (Tensor, Positions)) or not isinstance(given, Sequence):
             raise TypeError(
-                f"{_OP}: {name} is {type(given).__name__}; expected a sequence, one entry for each delta, with delta_ids"
+                f"{_OP}: {name} is {type(given).__name__}; expected a sequence with delta_ids, one entry for each delta"
             )
     if len(indices) != len(values):
         raise ValueError(f"{_OP}: indices has {len(indices)} entries and values {len(values)}; expected as many")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,12 +83,11 @@ def select(x: Tensor, weight: Weight, deltas: Sequence[SparseDelta], several: bo
     return dispatch.select_memoised("sparse_delta_linear", key, _problem, x, weight, deltas, several)
 
 
-def _deltas(places: Sequence[Tensor | None], values: Sequence[Tensor], shape: torch.Size) -> list[SparseDelta]:
+def _deltas(places: Sequence[Any], values: Sequence[Tensor], shape: torch.Size) -> list[SparseDelta]:
     """The inverse of `_flat`."""
     deltas = []
     for i, own in enumerate(values):
         flat, starts, order, column_starts = places[PARTS * i : PARTS * (i + 1)]
-        assert flat is not None and starts is not None
         deltas.append(SparseDelta(Positions(flat, starts, torch.Size(shape), order, column_starts), own))
     return deltas
 
@@ -174,7 +173,7 @@ class SparseDeltaLinear(torch.autograd.Function):
             y = torch.ops.peft_kernels.sparse_delta_linear(
                 x, (weight, *others), layout, places, values, ids, bias
             )  # fmt: skip
-        need_x, need_weight = ctx.needs_input_grad[:2]
+        need_weight = ctx.needs_input_grad[1]
         need_values = any(ctx.needs_input_grad[6 : 6 + count])
         ctx.save_for_backward(
             x if need_weight or need_values else None, ids, weight, *values, *_on_device(places), *others

@@ -52,6 +52,8 @@ KEPT = {
     "multi_lora_expert_linear": (M * K + M * R, SEED, 8 * M + 4 * 3),
     "nf4_linear": (0, 0, 0),
     "nf4_lora_linear": (M * K + M * R, SEED, 0),
+    "sparse_delta_linear": (0, 0, 2 * 4 * 74),  # the places, ascending and by column
+    "sparse_linear": (M * K, 0, 4 * 14),  # x, as the blocks train, and where its one block is
 }
 
 
@@ -246,7 +248,8 @@ def test_backward_uses_what_the_hooks_return(op):
     problem = problem_of(op, bias=False, dropout_p=0.2)
     if op == "dora_linear":
         problem.weight_norm = torch.ones(problem.n)
-    exempt = ("weight",) if op == "lora_embedding" else ()  # its gradient is that of y, at the indices
+    # Of an embedding's weight it is that of y, at the indices; of a delta's x that with W = 0.
+    exempt = {"lora_embedding": ("weight",), "sparse_delta_linear": ("x",)}.get(op, ())
     # Vectors are seeds, offsets, magnitudes; the bytes of a 4-bit weight are one, but with blocks of absmax 0.
     keep = 1 if op not in QUANTISED else -1
     with torch.autograd.graph.saved_tensors_hooks(

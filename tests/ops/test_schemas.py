@@ -12,6 +12,8 @@ from peft_kernels.formats.adapter_table import ROW, row
 from peft_kernels.ops._weights import split
 from peft_kernels.problems import Draw, nf4_weight
 from tests.problems.nf4 import part_of
+from tests.problems.sparse import SparseProblem
+from tests.problems.sparse_delta import SparseDeltaProblem
 
 F32, BF16 = torch.float32, torch.bfloat16
 ALL = (True,) * 5
@@ -193,6 +195,34 @@ def nf4_lora_backward(needs=(True,) * 4, part="whole", **options):
     return grad_y, x if needs[2] else None, s if needs[3] else None, *nf4_operand(part), *others, needs
 
 
+def delta_arguments(deltas=None, nf4=False, batch=(3, 5), dtype=F32, columns=True):
+    problem = SparseDeltaProblem(batch, 31, 17, dtype=dtype, deltas=deltas, adapter_dtype=F32)
+    columnwise = [(p.order, p.column_starts) if columns else (None, None) for p in problem.places]
+    places = [part for p, two in zip(problem.places, columnwise, strict=True) for part in (p.flat, p.starts, *two)]
+    weight = nf4_operand() if nf4 else ([problem.tensors["weight"].detach()], [])
+    values = [t.detach() for name, t in problem.tensors.items() if name.startswith("values")]
+    ids = None if deltas is None else problem.ids.flatten()
+    x, bias, grad_y = problem.tensors["x"].detach(), problem.tensors["bias"].detach(), problem.grad_y
+    return x, *weight, places, values, ids, bias, grad_y
+
+
+def delta_backward(needs=None, **options):
+    x, *operands, _, grad_y = delta_arguments(**options)
+    return grad_y, x, *operands, needs or (True,) * (3 + len(operands[-2]))
+
+
+def sparse_arguments(m=(7,), **options):
+    problem = SparseProblem(m, 31, 70, **options)
+    weight, bias = problem.weight, problem.tensors["bias"]
+    x = problem.tensors["x"].detach()
+    return x, weight.tensors, weight.layout, weight.numbers, None if bias is None else bias.detach()
+
+
+def sparse_backward(needs=(True,) * 3, m=(7,), dtype=F32, **options):
+    x, *weight, _ = sparse_arguments(m, dtype=dtype, **options)
+    return torch.randn(*x.shape[:-1], 70).to(dtype), x if needs[1] else None, *weight, needs
+
+
 # Per op, arguments on the CPU without autograd (autograd lives outside the registered op).
 ARGUMENTS = {
     "lora_linear": [
@@ -357,6 +387,30 @@ ARGUMENTS = {
         (*nf4_operand("expert"), torch.float64),
     ],
     "nf4_quantize": [(torch.randn(17, 31), 64), (torch.randn(31, 17).to(BF16).t(), 4096), (torch.randn(0, 4), 32)],
+    "sparse_delta_linear": [
+        delta_arguments()[:-1],
+        delta_arguments(deltas=3, batch=(5,), dtype=BF16)[:-1],
+        delta_arguments(nf4=True, batch=(0,))[:-1],
+    ],
+    "sparse_delta_linear_backward": [
+        delta_backward(),
+        delta_backward(deltas=3, dtype=BF16),
+        delta_backward(nf4=True, batch=(0,), needs=(True, False, False, True)),
+        delta_backward(deltas=2, columns=False, needs=(True, False, True, False, True)),
+    ],
+    "sparse_linear": [
+        sparse_arguments(),
+        sparse_arguments(layout="2:4", m=(), dtype=BF16),
+        sparse_arguments(layout="bitmap", m=(0,), bias=False),
+        sparse_arguments(nf4=True, m=(3, 5)),
+    ],
+    "sparse_linear_backward": [
+        sparse_backward(),
+        sparse_backward(needs=(False, True, False), dtype=BF16),
+        sparse_backward(needs=(True, False, True), layout="2:4", m=(3, 5)),
+        sparse_backward(needs=(True, False, False), layout="bitmap"),
+        sparse_backward(needs=(True, False, True), nf4=True, m=(0,)),
+    ],
     "philox_dropout": [
         (torch.randn(5, 33), 0.3, torch.tensor([1]), 0),
         (torch.randn(2, 3, 16).transpose(0, 1), 0.3, torch.tensor([1]), 4),

@@ -71,12 +71,12 @@ def row_pieces(weight: Weight, delta: SparseDelta, dtype: torch.dtype) -> Iterat
 
 def column_pieces(weight: Weight, delta: SparseDelta, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(columns, (W + Δ)[:, columns] in `dtype`)."""
-    (n, k), places = weight.shape, delta.positions.with_columns()
-    assert places.order is not None and places.column_starts is not None
-    counts = places.column_starts.tolist()
+    (n, k), places = weight.shape, delta.positions
+    order, starts = places.by_columns()
+    counts = starts.tolist()
     for start, stop in strips(k, n * dtype.itemsize, weight.device):
         part = weight.columns(start, stop) if isinstance(weight, NF4Weight) else weight[:, start:stop]
-        chosen = places.order[counts[start // STRIP] : counts[-(-stop // STRIP)]].long()
+        chosen = order[counts[start // STRIP] : counts[-(-stop // STRIP)]].long()
         flat, values = places.flat[chosen].long(), delta.values[chosen]
         yield slice(start, stop), _changed(part, flat // k, flat % k - start, values, dtype)
 
