@@ -151,6 +151,12 @@ def popcount(words: Tensor) -> Tensor:
     return ((bits * 0x01010101) & 0xFFFFFFFF) >> 24
 
 
+def tail_bits(mask: PackedMask) -> Tensor:
+    """int32 [out_features], or nothing where rows end with a word: the bits beyond the last column, 0 in every mask."""
+    used = mask.shape[1] % WORD_BITS
+    return mask.words[:, -1] & ~((1 << used) - 1) if used else mask.words[:, :0].flatten()
+
+
 def pack(mask: Tensor) -> PackedMask:
     """Packs a mask: see `functional.mask_pack`.
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from peft_kernels.checks import shape_text
 from peft_kernels.formats.peft_config import LoraSettings, parse_config
 from peft_kernels.formats.safetensors_file import TensorInfo, read_header, read_tensors
 from peft_kernels.formats.strict_json import parse_object, short
+from peft_kernels.formats.whole_files import flush_folder, write_aside
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -272,7 +272,7 @@ def _replace_both(folder: Path, config: bytes, weights: bytes) -> None:
     with contextlib.ExitStack() as cleanup:
         aside = {}
         for name, data in ((CONFIG, config), (WEIGHTS, weights)):
-            aside[name] = _write_aside(folder, name, data)
+            aside[name] = write_aside(folder, name, data)
             cleanup.callback(aside[name].unlink, missing_ok=True)
         os.replace(aside[CONFIG], folder / CONFIG)
         try:
@@ -280,34 +280,11 @@ def _replace_both(folder: Path, config: bytes, weights: bytes) -> None:
         except BaseException:
             _put_back(folder, old_config)
             raise
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 def _put_back(folder: Path, config: bytes | None) -> None:
     if config is None:
         (folder / CONFIG).unlink()
     else:
-        os.replace(_write_aside(folder, CONFIG, config), folder / CONFIG)
-
-
-def _write_aside(folder: Path, name: str, data: bytes) -> Path:
-    """Writes to a new temporary name beside `name` and waits until the disk has it."""
-    path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a directory cannot be opened, and renames are flushed with the file
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.replace(write_aside(folder, CONFIG, config), folder / CONFIG)

@@ -1,4 +1,4 @@
-"""Safetensors files of floating-point tensors, checked in full before a byte of data is read.
+"""Safetensors files, checked in full before a byte of data is read.
 
 Layout (https://github.com/huggingface/safetensors#format): the header's length N as 8 little-endian bytes, N bytes of
 JSON that map each name to dtype, shape and [begin, end) in the data, then the data, without gaps or overlaps.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, NamedTuple
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor
 from peft_kernels.formats.strict_json import parse_object, short
 
 MAX_HEADER_BYTES = 16 * 2**20  # about 100,000 tensors
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8}
 
 
 class TensorInfo(NamedTuple):
@@ -29,19 +32,22 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-def read_header(file: BinaryIO, path: Path) -> dict[str, TensorInfo]:
+def read_header(
+    file: BinaryIO, path: Path, dtypes: Mapping[str, torch.dtype] = MappingProxyType(FLOATS)
+) -> dict[str, TensorInfo]:
     """Reads and checks the header against the file's size; allocates no more than the header itself.
 
     Args:
         file: the open file; its position is moved.
         path: its path, for messages.
+        dtypes: those that the file may have, by their names in the header.
 
     Returns:
         The tensors by name, in the order of the header.
 
     Raises:
         ValueError: the file is truncated or has bytes left over, a length is out of range, the JSON is corrupt, an
-            entry is malformed or overlaps another, or a dtype is not float64, float32, float16 or bfloat16.
+            entry is malformed or overlaps another, or a dtype is none of `dtypes`.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -54,7 +60,7 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, TensorInfo]:
     _check_metadata(header.pop("__metadata__", None), path)
     infos, spans = {}, []
     for key, entry in header.items():
-        infos[key], span = _parse_entry(key, entry, path)
+        infos[key], span = _parse_entry(key, entry, path, dtypes)
         spans.append((*span, key))
     _check_spans(spans, size - 8 - length, path)
     return infos
@@ -94,17 +100,19 @@ def _check_metadata(metadata: object, path: Path) -> None:
         raise ValueError(f"{path}: __metadata__ is not an object of strings")
 
 
-def _parse_entry(key: str, entry: object, path: Path) -> tuple[TensorInfo, tuple[int, int]]:
+def _parse_entry(
+    key: str, entry: object, path: Path, dtypes: Mapping[str, torch.dtype]
+) -> tuple[TensorInfo, tuple[int, int]]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{path}: the header's entry for {short(key)} has not just dtype, shape and data_offsets")
     name, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"{path}: {short(key)} has dtype {short(name)}; expected one of {', '.join(_DTYPES)}")
+    if not isinstance(name, str) or name not in dtypes:
+        raise ValueError(f"{path}: {short(key)} has dtype {short(name)}; expected one of {', '.join(dtypes)}")
     if not _is_sizes(shape):
         raise ValueError(f"{path}: {short(key)} has shape {short(shape)}; expected a list of sizes")
     if not _is_sizes(span) or len(span) != 2:
         raise ValueError(f"{path}: {short(key)} has data_offsets {short(span)}; expected [begin, end]")
-    dtype = _DTYPES[name]
+    dtype = dtypes[name]
     expected = math.prod(shape) * dtype.itemsize
     if span[1] - span[0] != expected:
         raise ValueError(f"{path}: {short(key)} has data_offsets {span}, but {name} {shape} takes {expected} bytes")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from peft_kernels.formats import peft_adapter
+from peft_kernels.formats import peft_adapter, whole_files
 from peft_kernels.formats.peft_adapter import open_adapter, write_adapter
 from peft_kernels.formats.peft_config import LoraSettings, checked_settings, parse_config
 from peft_kernels.formats.safetensors_file import read_header, read_tensors
@@ -345,7 +345,7 @@ class TestWrite:
                 self.file.write(data[: len(data) // 2])
                 raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(peft_adapter, "open", lambda *args: Full(Path.open(*args)), raising=False)
+        monkeypatch.setattr(whole_files, "open", lambda *args: Full(Path.open(*args)), raising=False)
         with pytest.raises(OSError, match="No space"):
             write_adapter(tmp_path, good_config(r=7), self.layers)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
