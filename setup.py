@@ -65,6 +65,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
         sources = ["cpu_bindings.cpp", "philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp"]
         sources += ["dora_linear.cpp", "gated_activation.cpp", "multi_lora_linear.cpp", "cpu_bindings_multi_lora.cpp"]
         sources += ["cpu_bindings_nf4.cpp", "nf4_dequantize.cpp", "nf4_quantize.cpp", "nf4_linear.cpp"]
+        sources += ["cpu_bindings_mask.cpp", "mask.cpp"]
         return sources, {".cpp": [*compile_cxx, "-fopenmp"]}, [cxx, "-shared"]
     nvcc = find("NVCC", "nvcc")
     commands = {

@@ -17,6 +17,7 @@ using namespace peft_kernels;
 
 void bind_nf4(py::module_& m);         // cpu_bindings_nf4.cpp
 void bind_multi_lora(py::module_& m);  // cpu_bindings_multi_lora.cpp
+void bind_mask(py::module_& m);        // cpu_bindings_mask.cpp
 
 namespace peft_kernels {
 
@@ -207,4 +208,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lora_small_backward", &small_backward);
   bind_nf4(m);
   bind_multi_lora(m);
+  bind_mask(m);
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "mask.h"
 #include "nf4.h"
 
 namespace peft_kernels {
@@ -141,5 +142,16 @@ void nf4_quantize(const void* values, int dtype, int64_t count, int64_t blocksiz
 // y [M, N] = x Wᵀ + bias (or none); grad_x [M, K] = grad_y W. W is rounded to the dtype of x.
 void nf4_linear_forward(int64_t m, const Nf4Weight& w, Matrix x, Matrix bias, Matrix y, int threads);
 void nf4_linear_backward(int64_t m, const Nf4Weight& w, Matrix grad_y, Matrix grad_x, int threads);
+
+// words [n, ceil(k / 32)], contiguous: of the values that are not 0, or with `threshold` (one, or at a stride of 1 one a
+// row) of those above it, by magnitude if asked. `values` may be of kByte.
+void mask_pack(int64_t n, int64_t k, Matrix values, const float* threshold, int64_t threshold_stride, bool magnitude,
+               uint32_t* words, int threads);
+
+// out [n, k], contiguous: bytes of 0 and 1.
+void mask_unpack(int64_t n, int64_t k, MaskWords words, uint8_t* out, int threads);
+
+// out [n, k] = the kept weights, rounded to out's dtype, and 0; out may be the weight. float64 becomes nothing else.
+void mask_apply(int64_t n, int64_t k, Matrix weight, MaskWords words, Matrix out, int threads);
 
 }  // namespace peft_kernels

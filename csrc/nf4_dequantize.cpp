@@ -1,8 +1,5 @@
 // A weight in NF4 in full on the CPU: bound by memory, 4 bits read and 2 or 4 bytes written per element.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "buffer.h"
 #include "cpu_kernels.h"
 
 #define PEFT_KERNELS_BODY "nf4_dequantize.h"
@@ -13,17 +10,6 @@ namespace {
 
 constexpr int64_t kPiece = 4096;              // elements of a run
 constexpr int64_t kElementsPerThread = 32768;  // starting a thread pays for itself from there on
-
-// A fresh tensor's pages are zeroed at the first touch, which in pages of 4 KiB takes longer than decoding into them:
-// 32 MiB took 30 ms, and 5 ms in pages of 2 MiB. It is but advice: where it is refused nothing is lost.
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (begin + page < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 }  // namespace
 

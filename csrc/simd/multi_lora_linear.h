@@ -9,14 +9,6 @@
 // A is read where it is and not packed, which would cost a single row more than its product: vectors lie along K.
 constexpr int kDotRows = 3, kDotRanks = 4;
 
-inline float sum_lanes(Floats value) {
-  float lanes[kFloats];
-  store(lanes, value);
-  for (int half = kFloats / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
 // A whole vector, or the `columns` that are left and zeros.
 template <class Type, bool whole>
 PEFT_KERNELS_INLINE Floats load_some(const typename Type::Storage* source, int columns) {

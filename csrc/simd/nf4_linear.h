@@ -33,14 +33,6 @@ inline void nf4_pack_row(const Matrix& x, int64_t m, int64_t k, float* target) {
   with_type(x.dtype, [&](auto type) { in_group_order<decltype(type)>(at(x, m, 0), k, target); });
 }
 
-PEFT_KERNELS_INLINE float total(Floats value) {
-  float lanes[kFloats];
-  store(lanes, value);
-  for (int half = kFloats / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
 // sums[m] += x[m, :] · W for `count` elements from number `first` on. Several chains hide the latency of the additions.
 template <class Type, int rows>
 inline void dots(const Nf4Weight& w, int64_t first, int64_t count, const float* x, int64_t stride, float* sums) {
@@ -58,7 +50,7 @@ inline void dots(const Nf4Weight& w, int64_t first, int64_t count, const float* 
   unrolled<rows>([&](auto m) {
     Floats all = sum.sum[m][0];
     for (int c = 1; c < chains; ++c) all += sum.sum[m][c];
-    sums[m] += total(all);
+    sums[m] += sum_lanes(all);
   });
 }
 

@@ -107,6 +107,14 @@ PEFT_KERNELS_INLINE Quad sum_quads(Floats value) {
 #endif
 }
 
+PEFT_KERNELS_INLINE float sum_lanes(Floats value) {
+  float lanes[kFloats];
+  store(lanes, value);
+  for (int half = kFloats / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 // ---- element types ---------------------------------------------------------------------------------------------
 
 struct Float32 {
