@@ -49,6 +49,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "masked_lora_linear": ("triton", "cpu", "composed", "reference"),
     "multi_mask_linear": ("triton", "composed", "reference"),
     "sparse_delta_linear": ("triton", "cpu", "composed", "reference"),
+    "sparse_linear": ("cuda", "triton", "cpu", "composed", "reference"),
     "philox_dropout": ("cuda", "triton", "cpu", "reference"),
     "splitk_reduce": ("cuda", "triton", "reference"),
 }

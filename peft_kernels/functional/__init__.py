@@ -22,6 +22,7 @@ from peft_kernels.functional.nf4_lora_linear import nf4_lora_linear
 from peft_kernels.functional.nf4_quantize import nf4_quantize
 from peft_kernels.functional.philox_dropout import philox_dropout
 from peft_kernels.functional.sparse_delta_linear import sparse_delta_linear
+from peft_kernels.functional.sparse_linear import sparse_linear
 from peft_kernels.functional.splitk_reduce import splitk_reduce
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "nf4_quantize",
     "philox_dropout",
     "sparse_delta_linear",
+    "sparse_linear",
     "splitk_reduce",
 ]

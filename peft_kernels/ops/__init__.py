@@ -36,6 +36,7 @@ from peft_kernels.ops import (
     nf4_quantize,
     philox_dropout,
     sparse_delta_linear,
+    sparse_linear,
     splitk_reduce,
 )
 
@@ -63,6 +64,7 @@ MODULES = (
     masked_lora_linear,
     multi_mask_linear,
     sparse_delta_linear,
+    sparse_linear,
     philox_dropout,
     splitk_reduce,
 )

@@ -24,6 +24,7 @@ from tests.problems import (
     Nf4Problem,
     Problem,
     SparseDeltaProblem,
+    SparseProblem,
 )
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -34,7 +35,7 @@ NEW = (
     "lora_linear_group", "dora_linear", "gated_activation", "lora_swiglu_mlp", "lora_embedding", "lora_expert_linear",
     "multi_lora_linear", "multi_lora_expert_linear", "nf4_linear", "nf4_lora_linear", "masked_linear",
     "masked_lora_linear", "multi_mask_linear",
-    "sparse_delta_linear",
+    "sparse_delta_linear", "sparse_linear",
 )  # fmt: skip
 # Ops of an x with dropout.
 LINEAR = (
@@ -47,7 +48,14 @@ LINEAR = (
     "nf4_lora_linear",
     "masked_lora_linear",
 )
-RANKLESS = ("gated_activation", "nf4_linear", "masked_linear", "multi_mask_linear", "sparse_delta_linear")
+RANKLESS = (
+    "gated_activation",
+    "nf4_linear",
+    "masked_linear",
+    "multi_mask_linear",
+    "sparse_delta_linear",
+    "sparse_linear",
+)
 
 
 def dtype_id(pair: tuple) -> str:
@@ -96,9 +104,12 @@ BUILDERS: dict[str, Callable[..., Problem]] = {
     "nf4_linear": lambda m, k, n, r, **options: Nf4Problem(m, k, n, **options),
     "nf4_lora_linear": lambda m, k, n, r, **options: Nf4LoraProblem(m, k, n, r, **options),
     "masked_linear": lambda m, k, n, r, **options: MaskedProblem(m, k, n, **options),
-    "masked_lora_linear": lambda m, k, n, r, **options: MaskedLoraProblem(m, k, n, r, update_masked=True, **options),
+    "masked_lora_linear": lambda m, k, n, r, **options: MaskedLoraProblem(
+        m, k, n, r, **{"update_masked": True, **options}
+    ),
     "multi_mask_linear": lambda m, k, n, r, **options: MultiMaskProblem(m, k, n, **options),
     "sparse_delta_linear": lambda m, k, n, r, **options: SparseDeltaProblem(m, k, n, **options),
+    "sparse_linear": lambda m, k, n, r, **options: SparseProblem(m, k, n, density=0.6, **options),
 }
 FIELDS = {
     "lora_linear": LoraProblem, "lora_linear_group": GroupProblem, "dora_linear": DoraProblem,
@@ -107,7 +118,7 @@ FIELDS = {
     "multi_lora_expert_linear": MultiExpertProblem,
     "nf4_linear": Nf4Problem, "nf4_lora_linear": Nf4LoraProblem,
     "masked_linear": MaskedProblem, "masked_lora_linear": MaskedLoraProblem, "multi_mask_linear": MultiMaskProblem,
-    "sparse_delta_linear": SparseDeltaProblem,
+    "sparse_delta_linear": SparseDeltaProblem, "sparse_linear": SparseProblem,
 }  # fmt: skip
 
 

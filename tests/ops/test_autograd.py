@@ -52,8 +52,11 @@ KEPT = {
     "multi_lora_expert_linear": (M * K + M * R, SEED, 8 * M + 4 * 3),
     "nf4_linear": (0, 0, 0),
     "nf4_lora_linear": (M * K + M * R, SEED, 0),
+    "masked_linear": (0, 0, 4 * N),  # the mask
+    "masked_lora_linear": (M * K, SEED, 4 * N),
+    "multi_mask_linear": (0, 0, 4 * 4 * N + 8 * M),  # the masks, the ids
     "sparse_delta_linear": (0, 0, 2 * 4 * 74),  # the places, ascending and by column
-    "sparse_linear": (M * K, 0, 4 * 14),  # x, as the blocks train, and where its one block is
+    "sparse_linear": (0, 0, 4 * 14),  # where its one block is
 }
 
 
@@ -74,7 +77,7 @@ def test_kept_bytes(backend, dropout_p):
 @OF_AN_X
 def test_x_is_not_kept_for_frozen_down_projections(backend, dropout_p):
     """LoRA-FA: with A frozen nothing needs x, also where a block's own down projection has one that trains."""
-    problem = problem_of(backend.op, dropout_p=dropout_p, device=backend.device)
+    problem = problem_of(backend.op, dropout_p=dropout_p, update_masked=False, device=backend.device)
     problem.freeze_all_but("x", "lora_B", "lora_Bs", "magnitude", *(["lora_As.2.0"] if "mlp" in backend.op else []))
     result, saved = saved_by(problem.run)
     assert problem.tensors["x"].data_ptr() not in {t.data_ptr() for t in saved}

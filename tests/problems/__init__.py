@@ -12,6 +12,7 @@ from tests.problems.mlp import MlpProblem
 from tests.problems.multi import MultiLoraProblem
 from tests.problems.multi_experts import MultiExpertProblem
 from tests.problems.nf4 import Nf4LoraProblem, Nf4Problem
+from tests.problems.sparse import SparseProblem
 from tests.problems.sparse_delta import SparseDeltaProblem
 
 # What every implementation takes, unless the device itself is the obstacle.
@@ -31,6 +32,7 @@ PLAIN = {
     "masked_lora_linear": lambda device: MaskedLoraProblem(32, 64, 64, 16, bias=False, device=device),
     "multi_mask_linear": lambda device: MultiMaskProblem(32, 64, 64, device=device),
     "sparse_delta_linear": lambda device: SparseDeltaProblem(32, 64, 64, bias=False, device=device),
+    "sparse_linear": lambda device: SparseProblem(32, 64, 64, bias=False, device=device),
 }
 
 __all__ = [
@@ -51,4 +53,5 @@ __all__ = [
     "Nf4Problem",
     "Problem",
     "SparseDeltaProblem",
+    "SparseProblem",
 ]
