@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from peft_kernels import dispatch
+from peft_kernels.formats.mask import full
 from tests.problems import PLAIN, Problem
 from tests.problems.nf4 import part_of
 
@@ -24,6 +25,9 @@ def probe(op: str, device: str) -> Any:
     arguments = {
         "nf4_dequantize": (part_of("whole", 64, 64, device=device),),
         "nf4_quantize": (square,),
+        "mask_pack": (square,),
+        "mask_unpack": (full(64, 64, device=device),),
+        "mask_apply": (square, full(64, 64, device=device)),
         "dora_weight_norm": (square, torch.zeros(16, 64, device=device), torch.zeros(64, 16, device=device)),
         "philox_dropout": (x, 0.5),
         "splitk_reduce": (x,),

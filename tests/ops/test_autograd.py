@@ -31,6 +31,8 @@ def kept_bytes(problem, saved) -> int:
     parameters = {
         t.data_ptr() for name, t in problem.tensors.items() if t is not None and name not in ("x", "gate", "up")
     }
+    if isinstance(frozen := getattr(problem, "weight", None), torch.Tensor):
+        parameters.add(frozen.data_ptr())
     if problem.op in QUANTISED:
         parameters |= {t.data_ptr() for t in problem.q.tensors}
     kept = {t.data_ptr(): t for t in saved if t.numel() and t.data_ptr() not in parameters}

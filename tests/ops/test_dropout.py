@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from peft_kernels import functional, use_backend
+from peft_kernels.formats.mask import full
 from tests.backends import across
 from tests.helpers import named
 from tests.ops.cases import F64, LINEAR, problem_of
@@ -46,6 +47,9 @@ def transparent(op: str, x: torch.Tensor, p=P, seed=SEED, **options) -> list[tor
         offsets = torch.tensor([x.shape[0] // 3, x.shape[0]], dtype=torch.int32, device=x.device)
         base, a, b = (t.expand(2, k, k) for t in (zero, eye, eye))
         return [functional.multi_lora_expert_linear(x, base, [a] * 3, [b] * 3, offsets, ids, scalings=1.0, **options)]
+    if op == "masked_lora_linear":
+        mask = full(k, k, device=x.device)
+        return [functional.masked_lora_linear(x, zero, mask, eye, eye, update_masked=True, **options)]
     if op == "nf4_lora_linear":
         return [functional.nf4_lora_linear(x, functional.nf4_quantize(zero, 64, False), eye, eye, **options)]
     raise KeyError(op)

@@ -11,6 +11,7 @@ from peft_kernels import ops
 from peft_kernels.formats.adapter_table import ROW, row
 from peft_kernels.ops._weights import split
 from peft_kernels.problems import Draw, nf4_weight
+from tests.ops import pruned_arguments
 from tests.problems.nf4 import part_of
 from tests.problems.sparse import SparseProblem
 from tests.problems.sparse_delta import SparseDeltaProblem
@@ -423,6 +424,7 @@ ARGUMENTS = {
         (torch.randn(5, 4).t(), 1.0, F32),
     ],
 }
+ARGUMENTS |= pruned_arguments.ARGUMENTS
 CASES = [pytest.param(name, args, id=f"{name}-{i}") for name, many in ARGUMENTS.items() for i, args in enumerate(many)]
 
 
@@ -445,7 +447,9 @@ def test_opcheck(name, arguments):
 
 
 def flat(values) -> list:
-    """What is in nested lists, one after another."""
+    """What is in nested lists, one after another; nothing of an op that returns nothing."""
+    if values is None:
+        return []
     if not isinstance(values, (tuple, list)):
         return [values]
     return [one for value in values for one in flat(value)]
