@@ -7,8 +7,11 @@ from peft_kernels.nn.embedding import FusedLoRAEmbedding
 from peft_kernels.nn.experts import FusedLoRAExperts
 from peft_kernels.nn.group import FusedLoRAGroup, FusedLoRASwiGLU
 from peft_kernels.nn.lora import FusedLoRALinear
+from peft_kernels.nn.masked import MaskedLinear
+from peft_kernels.nn.masked_lora import MaskedLoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear, attach_pool, detach_pool
 from peft_kernels.nn.nf4 import NF4Linear
+from peft_kernels.nn.pruned import replace_pruned
 from peft_kernels.nn.qlora import FusedQLoRALinear
 from peft_kernels.nn.qlora_experts import FusedQLoRAExperts
 from peft_kernels.nn.quantize import quantize_linears
@@ -21,6 +24,8 @@ __all__ = [
     "FusedLoRASwiGLU",
     "FusedQLoRAExperts",
     "FusedQLoRALinear",
+    "MaskedLinear",
+    "MaskedLoRALinear",
     "MergeError",
     "MultiLoRALinear",
     "NF4Linear",
@@ -30,6 +35,7 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "quantize_linears",
+    "replace_pruned",
     "save_adapter",
     "trainable_parameters",
     "unmerge_adapter",

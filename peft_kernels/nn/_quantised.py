@@ -47,6 +47,11 @@ class Quantised(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        if not isinstance(self.weight, NF4Weight):  # of modules over either kind of weight
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
         key = f"{prefix}weight"
         try:
             loaded = self._loaded(state_dict, key, local_metadata.get("assign_to_params_buffers", False))

@@ -109,10 +109,15 @@ class FusedQLoRALinear(QuantisedMergeable, FusedLoRALinear):
         return self._unmerged("weight").dequantize(dtype)
 
     def _merged_linear(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if isinstance(weight, NF4Weight):
-            return nf4_linear(x, weight, bias)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return merged_linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._quantised_repr()
+
+
+def merged_linear(x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None) -> Tensor:
+    """A layer whose update has been merged into 4 bits again, or into a weight in the dtype that was quantised, which
+    need not be that of x."""
+    if isinstance(weight, NF4Weight):
+        return nf4_linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
