@@ -81,7 +81,8 @@ def positions(flat: Tensor, shape: Sequence[int]) -> Positions:
     if flat.ndim != 1:
         raise ValueError(f"positions: flat has shape {tuple(flat.shape)}; expected (nnz,)")
     flat = flat.to(torch.int64)
-    if flat.numel() and not 0 <= (first := int(flat.min())) <= (last := int(flat.max())) < shape.numel():
+    first, last = (int(end) for end in torch.aminmax(flat)) if flat.numel() else (0, -1)
+    if first < 0 or last >= shape.numel():
         raise ValueError(f"positions: flat has {first} to {last}; expected places in [0, {shape.numel()})")
     if bool((flat.diff() <= 0).any()):
         raise ValueError("positions: flat is not strictly ascending; expected each place once, in order")

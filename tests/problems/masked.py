@@ -116,7 +116,10 @@ class MaskedLoraProblem(LoraProblem):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.kept = drawn_mask(self.n, self.k, self.density, self.seed, self.device)
-        self.packed, weight = pack(self.kept), self.tensors.pop("weight").detach()
+        self.packed = pack(self.kept)
+        del self.tensors["weight"]  # frozen, and the same whatever the number of rows
+        draw = drawer(self.seed + 1, self.device)
+        weight = draw(self.n, self.k, scale=max(1, self.k) ** -0.5, dtype=self.dtype).detach()
         self.weight = torch.where(self.kept, weight, 0.0) if self.clean else weight
         self.is_absolute = False
         if self.nf4:
