@@ -59,7 +59,7 @@ def test_f76_chosen_weights_in_any_order(backend):
 def test_f76_wrong_places_are_refused(backend, places):
     x, weight, _ = operands(backend.device)
     places = torch.tensor(places, device=backend.device)
-    with pytest.raises(ValueError, match="indices has|places"):
+    with pytest.raises(ValueError, match=r"indices has|places"):
         functional.sparse_delta_linear(x, weight, places, torch.ones(len(places), device=backend.device))
 
 
