@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from peft_kernels.formats.mask import PackedMask, pack
-from peft_kernels.functional import mask_apply
+from peft_kernels.functional.mask_apply import mask_apply
 
 
 def is_pruned(module: nn.Module) -> bool:
@@ -29,10 +29,10 @@ def taken_from_pruned(name: str, module: Any) -> tuple[nn.Parameter, PackedMask,
     if type(module) is not nn.Linear and not parametrize.is_parametrized(module):
         kind = type(module)
         raise TypeError(f"{name}: got {kind.__module__}.{kind.__qualname__}; expected exactly torch.nn.Linear")
-    objection = pruned_objection(module)
+    objection, state = pruned_objection(module), {**module._parameters, **module._buffers}
     if objection is not None:
         raise ValueError(f"{name}: the module {objection}")
-    weight, mask = module.weight_orig, pack(module.weight_mask)
+    weight, mask = state["weight_orig"], pack(state["weight_mask"])
     return nn.Parameter(mask_apply(weight, mask), requires_grad=weight.requires_grad), mask, module.bias
 
 

@@ -17,6 +17,7 @@ from peft_kernels.nn._quantised import Quantised
 from peft_kernels.nn.embedding import FusedLoRAEmbedding, embedding_objection, is_embedding
 from peft_kernels.nn.lora import FusedLoRALinear
 from peft_kernels.nn.lora import is_linear as is_dense_linear
+from peft_kernels.nn.masked import MaskedLinear
 from peft_kernels.nn.nf4 import NF4Linear, is_quantised_linear
 
 # Names that torch.compile, FSDP and activation checkpointing insert into those of the modules that they wrap.
@@ -77,13 +78,13 @@ def mergeable_sites(model: nn.Module) -> list[Site]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, dense or in 4 bits, that an adapter can be put beside."""
-    return is_dense_linear(module) or is_quantised_linear(module)
+    """Whether it is a linear layer, dense, pruned or in 4 bits, that an adapter can be put beside."""
+    return is_dense_linear(module) or is_quantised_linear(module) or type(module) is MaskedLinear
 
 
 def sizes(layer: Any) -> tuple[int, int]:
     """(out_features, in_features) of a layer, adapted or not; (embedding_dim, num_embeddings) of an embedding."""
-    if isinstance(layer, (nn.Linear, NF4Linear, FusedLoRALinear)):
+    if isinstance(layer, (nn.Linear, NF4Linear, MaskedLinear, FusedLoRALinear)):
         return layer.out_features, layer.in_features
     n, k = layer.weight.shape
     return k, n

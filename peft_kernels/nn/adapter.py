@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft_kernels._table import table
+from peft_kernels.formats.mask import PackedMask
 from peft_kernels.formats.peft_config import LoraSettings, checked_settings
 from peft_kernels.nn._layers import flags_kept
 from peft_kernels.nn._merge import MergeError, merge_all
@@ -27,6 +28,8 @@ from peft_kernels.nn._sites import (
 )
 from peft_kernels.nn.embedding import FusedLoRAEmbedding, is_embedding
 from peft_kernels.nn.lora import FusedLoRALinear
+from peft_kernels.nn.masked import MaskedLinear
+from peft_kernels.nn.masked_lora import MaskedLoRALinear
 from peft_kernels.nn.nf4 import is_quantised_linear
 from peft_kernels.nn.qlora import FusedQLoRALinear
 
@@ -78,6 +81,24 @@ class AdapterReport:
         return "\n".join(lines)
 
 
+class _Pruned(NamedTuple):
+    """Which linear layers are pruned, as `add_lora` is told."""
+
+    masks: Mapping[str, PackedMask] | str | None
+    update_masked: bool
+
+    def has(self, site: Site) -> bool:
+        return type(site.module) is MaskedLinear or isinstance(self.masks, str) or self.mask(site) is not None
+
+    def mask(self, site: Site) -> PackedMask | None:
+        if self.masks is None or isinstance(self.masks, str):
+            return None
+        return next((self.masks[name] for name in site.names if name in self.masks), None)
+
+
+_NOT_PRUNED = _Pruned(None, True)
+
+
 def trainable_parameters(model: nn.Module) -> ParameterCount:
     """Counts the parameters of a model, each once however many names it has.
 
@@ -112,11 +133,14 @@ def add_lora(
     base_quantization: str | None = None,
     blocksize: int = 64,
     double_quant: bool = True,
+    masks: Mapping[str, PackedMask] | str | None = None,
+    update_masked: bool = True,
 ) -> AdapterReport:
     """Puts adapters into a model, in place, and freezes every other parameter.
 
     Linear layers are replaced by `FusedLoRALinear`, those in 4 bits (`NF4Linear`, bitsandbytes' `Linear4bit`) by
-    `FusedQLoRALinear`, and embeddings, where they are named, by `FusedLoRAEmbedding`.
+    `FusedQLoRALinear`, pruned ones (`MaskedLinear`, and those that `masks` says) by `MaskedLoRALinear`, and embeddings,
+    where they are named, by `FusedLoRAEmbedding`.
 
     Targets are named as in Hugging Face PEFT. A module object that stands in several places is replaced in all of them
     by one layer. The layers share the weights they replace, so that the model first computes what it did before; with
@@ -138,6 +162,10 @@ def add_lora(
         base_quantization: "nf4" quantises the weights of the linear layers named, and of no others: `quantize_linears`
             is for those. None leaves them as they are.
         blocksize, double_quant: of `base_quantization`, as for `FusedQLoRALinear`.
+        masks: which linear layers are pruned, by name, as `peft_kernels.pruning` makes them: what a mask does not keep
+            becomes 0, and names that are no targets are passed over. "nonzero" keeps, in all of them, what is not 0
+            already.
+        update_masked: whether updates of pruned layers stay inside the mask, as for `MaskedLoRALinear`.
 
     Returns:
         An `AdapterReport` that prints as a table.
@@ -168,6 +196,8 @@ def add_lora(
         raise TypeError(f"{where}: freeze_A is {freeze_A!r}; expected True or False")
     if base_quantization not in (None, "nf4"):
         raise ValueError(f"{where}: base_quantization is {base_quantization!r}; expected 'nf4' or None")
+    if isinstance(masks, str) and masks != "nonzero":
+        raise ValueError(f"{where}: masks is {masks!r}; expected masks by name, 'nonzero' or None")
     quantization = {"blocksize": blocksize, "double_quant": double_quant} if base_quantization else None
     sites = find_targets(model, settings, where)
     if train_bias and all(getattr(site.module, "bias", None) is None for site in sites):
@@ -177,7 +207,8 @@ def add_lora(
         raise ValueError(f"{where}: the pattern {unused[0]!r} fits none of the {len(sites)} layers named")
     skipped = skipped_linears(model) if settings.all_linear else ()
     dtypes = [adapter_dtype] * len(sites)
-    install(model, build_layers(sites, settings, dtypes, freeze_A=freeze_A, quantization=quantization))
+    pruned = _Pruned(masks, update_masked)
+    install(model, build_layers(sites, settings, dtypes, freeze_A=freeze_A, quantization=quantization, pruned=pruned))
     return report(model, unmatched=_unmatched(settings, sites), skipped=skipped)
 
 
@@ -218,6 +249,7 @@ def build_layers(
     *,
     freeze_A: bool = False,
     quantization: Mapping[str, Any] | None = None,
+    pruned: _Pruned = _NOT_PRUNED,
 ) -> dict[nn.Module, nn.Module]:
     """The layer for each site, not yet in the model. Should one fail, the others' weights are not left frozen.
 
@@ -225,37 +257,56 @@ def build_layers(
         sites, settings, dtypes: where, what, and the dtype of each adapter.
         freeze_A: as for `FusedLoRALinear`.
         quantization: options of `FusedQLoRALinear` for linear layers that are dense; None leaves them dense.
+        pruned: which linear layers have a mask, beside those that are a `MaskedLinear`.
     """
     with flags_kept(site.module for site in sites):
         return {
-            site.module: _build(site, settings, dtype, freeze_A, quantization)
+            site.module: _build(site, settings, dtype, freeze_A, quantization, pruned)
             for site, dtype in zip(sites, dtypes, strict=True)
         }
 
 
 def _build(
-    site: Site, settings: LoraSettings, dtype: torch.dtype | None, freeze_A: bool, quantization: Mapping | None
+    site: Site,
+    settings: LoraSettings,
+    dtype: torch.dtype | None,
+    freeze_A: bool,
+    quantization: Mapping | None,
+    pruned: _Pruned,
 ) -> nn.Module:
     layer, r, lora_alpha = site.module, settings.rank_of(site.name), settings.alpha_of(site.name)
     if is_embedding(layer):
         return FusedLoRAEmbedding.from_embedding(
             layer, r, lora_alpha=lora_alpha, use_rslora=settings.use_rslora, adapter_dtype=dtype
         )
+    options: dict[str, Any] = {
+        "lora_alpha": lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "use_rslora": settings.use_rslora,
+        "train_bias": settings.train_bias and layer.bias is not None,
+        "freeze_A": freeze_A,
+        "adapter_dtype": dtype,
+        **(quantization or {}),
+    }
+    if pruned.has(site):
+        return _build_masked(
+            site, settings, r, pruned, options | ({"base_quantization": "nf4"} if quantization else {})
+        )
     quantised = quantization is not None or is_quantised_linear(layer)
     kind = FusedQLoRALinear if quantised else FusedLoRALinear
-    return kind.from_linear(
-        layer,
-        r,
-        lora_alpha=lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        lora_bias=settings.lora_bias,
-        train_bias=settings.train_bias and layer.bias is not None,
-        freeze_A=freeze_A,
-        adapter_dtype=dtype,
-        **(quantization or {}),
-    )
+    return kind.from_linear(layer, r, use_dora=settings.use_dora, lora_bias=settings.lora_bias, **options)
+
+
+def _build_masked(site: Site, settings: LoraSettings, r: int, pruned: _Pruned, options: dict[str, Any]) -> nn.Module:
+    for option in ("use_dora", "lora_bias"):
+        if getattr(settings, option):
+            raise ValueError(f"{site.name} is pruned, which does not support {option}")
+    try:
+        return MaskedLoRALinear.from_linear(
+            site.module, r, mask=pruned.mask(site), update_masked=pruned.update_masked, **options
+        )
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{site.name}: {error}") from error
 
 
 def install(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:

@@ -150,7 +150,8 @@ class MaskedLoRALinear(QuantisedMergeable, FusedLoRALinear, Masked):
         for parameter in linear.parameters():
             if parameter is not linear.bias:
                 parameter.requires_grad_(False)
-        return layer.train(linear.training)
+        layer.train(linear.training)
+        return layer
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """The layer's output.

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
 from peft_kernels._table import table
-from peft_kernels.formats.mask import PackedMask
-from peft_kernels.nn._pruned import is_pruned, pruned_objection
+from peft_kernels.nn._pruned import is_pruned
 from peft_kernels.nn._sites import (
     Site,
     all_sites,
     check_open,
     compiled_modules,
     put_layers,
-    replacement_objection,
     unwrap,
 )
 from peft_kernels.nn.masked import MaskedLinear
@@ -54,72 +51,41 @@ class PrunedReport:
         return "\n".join(lines)
 
 
-def replace_pruned(
-    model: nn.Module,
-    masks: Mapping[str, PackedMask] | None = None,
-    *,
-    grad_layout: str = "dense",
-    weight_is_masked: bool = False,
-) -> PrunedReport:
-    """Replaces pruned linear layers of a model by `MaskedLinear`, in place.
+def replace_pruned(model: nn.Module, *, grad_layout: str = "dense", weight_is_masked: bool = False) -> PrunedReport:
+    """Replaces the linear layers of a model that `torch.nn.utils.prune` prunes by `MaskedLinear`, in place. (Masks by
+    name, as `peft_kernels.pruning` makes them, are put into a plain model by its `apply_masks`.)
 
     Args:
-        model: a model in which `torch.nn.utils.prune` has pruned weights of `nn.Linear` layers; with `masks` a plain
-            one. Not yet wrapped by DDP or FSDP.
-        masks: by the layer's name, as `peft_kernels.pruning` makes them. None takes the layers that
-            `torch.nn.utils.prune` prunes, with their masks.
+        model: a model in which `torch.nn.utils.prune` has pruned weights of `nn.Linear` layers. Not yet wrapped by DDP
+            or FSDP.
         grad_layout, weight_is_masked: as for `MaskedLinear`.
 
     Returns:
         A `PrunedReport` that prints as a table.
 
     Raises:
-        ValueError: there is no such layer, one cannot be replaced, or a mask does not fit. The model is unchanged.
-        TypeError: a name in `masks` is that of another kind of layer, or something is no mask.
+        ValueError: there is no such layer, or one cannot be replaced. The model is unchanged.
     """
     wrapped, model = model, unwrap(model)
     check_open(wrapped, _WHERE)
-    compiled, layers, rows = compiled_modules(model), {}, []
-    for site in _chosen(model, masks):
-        objection = pruned_objection(site.module) if masks is None else replacement_objection(site.module, False)
-        if objection is None and id(site.module) in compiled:
-            objection = "is compiled by itself, and its compiled code would stay; compile after replacing"
-        if objection is not None:
-            raise ValueError(f"{_WHERE}: {site.name} {objection}")
-        layer = layers[site.module] = _masked(site, masks, grad_layout, weight_is_masked)
-        rows.append(_row(site, layer))
+    sites = [site for site in all_sites(model) if is_pruned(site.module)]
+    if not sites:
+        raise ValueError(f"{_WHERE}: torch.nn.utils.prune has pruned no nn.Linear of the model")
+    compiled, layers = compiled_modules(model), {}
+    for site in sites:
+        if id(site.module) in compiled:
+            raise ValueError(f"{_WHERE}: {site.name} is compiled by itself; compile after replacing")
+        try:
+            layer = MaskedLinear.from_pruned(site.module, grad_layout=grad_layout, weight_is_masked=weight_is_masked)
+        except ValueError as error:
+            raise ValueError(f"{_WHERE}: {site.name}: {error}") from error
+        layers[site.module] = layer
     put_layers(model, layers)
-    return PrunedReport(tuple(rows))
-
-
-def _chosen(model: nn.Module, masks: Mapping[str, PackedMask] | None) -> list[Site]:
-    sites = all_sites(model)
-    if masks is None:
-        found = [site for site in sites if is_pruned(site.module)]
-        if not found:
-            raise ValueError(f"{_WHERE}: torch.nn.utils.prune has pruned no nn.Linear of the model")
-        return found
-    names = {name for site in sites for name in site.names}
-    unknown = sorted(set(masks) - names)
-    if unknown or not masks:
-        raise ValueError(f"{_WHERE}: masks has {f'{unknown[0]!r}, which the model has not' if unknown else 'no masks'}")
-    return [site for site in sites if any(name in masks for name in site.names)]
-
-
-def _masked(site: Site, masks: Mapping | None, grad_layout: str, weight_is_masked: bool) -> MaskedLinear:
-    options = {"grad_layout": grad_layout, "weight_is_masked": weight_is_masked}
-    try:
-        if masks is None:
-            return MaskedLinear.from_pruned(site.module, **options)
-        mask = next(masks[name] for name in site.names if name in masks)
-        return MaskedLinear.from_linear(site.module, mask, **options)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"{_WHERE}: {site.name}: {error}") from error
+    return PrunedReport(tuple(_row(site, layers[site.module]) for site in sites))
 
 
 def _row(site: Site, layer: MaskedLinear) -> MaskedLayer:
-    n, k = layer.out_features, layer.in_features
-    state = {**site.module._parameters, **site.module._buffers}
-    before = sum(t.nbytes for name, t in state.items() if name.startswith("weight")) or site.module.weight.nbytes
+    before = sum(t.nbytes for t in (site.module.weight_orig, site.module.weight_mask))
     values = 0 if layer.values is None else layer.values.nbytes
-    return MaskedLayer(str(site), n, k, layer.sparsity, before, layer.weight.nbytes + layer.mask.nbytes + values)
+    after = layer.weight.nbytes + layer.mask.nbytes + values
+    return MaskedLayer(str(site), layer.out_features, layer.in_features, layer.sparsity, before, after)
