@@ -7,7 +7,7 @@ from typing import Any
 
 from peft_kernels.checks import check_probability
 from peft_kernels.formats.mask import PackedMask
-from peft_kernels.pruning._scores import Scores
+from peft_kernels.pruning._scores import Scores, inside
 from peft_kernels.pruning.blocks import block_scores, check_block, whole_blocks
 from peft_kernels.pruning.n_m import keep_n_of_m
 from peft_kernels.pruning.thresholds import keep_largest, keep_largest_by_row
@@ -48,15 +48,21 @@ def select(
     scope: str,
     n_of_m: tuple[int, int] | None,
     block: tuple[int, int] | None,
+    within: Mapping[str, PackedMask] | None = None,
 ) -> dict[str, PackedMask]:
-    """Masks of the largest scores, for arguments that `check_amount` has passed."""
+    """Masks of the largest scores, for arguments that `check_amount` has passed; what `within` prunes stays pruned."""
+    if within is not None:
+        scores = {name: inside(part, within.get(name)) for name, part in scores.items()}
     if n_of_m is not None:
         return {name: keep_n_of_m(part, *n_of_m) for name, part in scores.items()}
     assert sparsity is not None
     if block is not None:
         blocks = {name: block_scores(part, block) for name, part in scores.items()}
         kept = _largest(blocks, sparsity, scope)
-        return {name: whole_blocks(mask, block, scores[name].shape) for name, mask in kept.items()}
+        masks = {name: whole_blocks(mask, block, scores[name].shape) for name, mask in kept.items()}
+        # A block that is pruned in part already is kept or pruned by what it has left.
+        before = within or {}
+        return {name: mask & before[name] if name in before else mask for name, mask in masks.items()}
     return _largest(scores, sparsity, scope)
 
 

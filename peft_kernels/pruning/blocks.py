@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from peft_kernels.pruning._scores import scores_of
 
 
 def block_scores(scores: Any, block: tuple[int, int]) -> Tensor:
-    """The mean score of each block, so that blocks cut off at an edge compare with whole ones.
+    """The mean score of each block, over those that are numbers: blocks cut off at an edge compare with whole ones.
 
     Args:
         scores: [out_features, in_features], floating-point, any strides.
@@ -23,7 +24,7 @@ def block_scores(scores: Any, block: tuple[int, int]) -> Tensor:
 
     Returns:
         [ceil(out_features / rows), ceil(in_features / columns)] in float32 (float64 of float64), NaN where a block has
-        a NaN.
+        nothing else.
 
     Raises:
         ValueError: no such block, or scores without two dimensions.
@@ -33,17 +34,14 @@ def block_scores(scores: Any, block: tuple[int, int]) -> Tensor:
     height, width = check_block("block_scores", block)
     n, k = part.shape
     means = torch.empty(-(-n // height), -(-k // width), dtype=part.dtype, device=part.device)
-    # The strips of `Scores` end where they like: here each is of one row of blocks.
-    columns = torch.full((means.shape[1],), width, device=part.device)
-    columns[-1:] -= means.shape[1] * width - k
-    for i in range(means.shape[0]):
-        start, stop = i * height, min(n, (i + 1) * height)
-        rows = part.rows(start, stop).detach().to(part.dtype).sum(0)
-        means[i] = F.pad(rows, (0, -k % width)).view(-1, width).sum(1) / (columns * (stop - start))
+    for rows, strip in part.strips(multiple=height):
+        whole = F.pad(strip, (0, -k % width, 0, -len(strip) % height), value=float("nan"))
+        blocks = whole.unflatten(0, (-1, height)).unflatten(2, (-1, width))
+        means[rows.start // height : -(-rows.stop // height)] = blocks.nanmean((1, 3))
     return means
 
 
-def whole_blocks(kept: PackedMask, block: tuple[int, int], shape: tuple[int, int]) -> PackedMask:
+def whole_blocks(kept: PackedMask, block: tuple[int, int], shape: Sequence[int]) -> PackedMask:
     """The mask of a matrix from one of its blocks.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft_kernels.formats.mask import PackedMask
-from peft_kernels.pruning._scores import check_finite_scores, inside, magnitudes
+from peft_kernels.pruning._scores import check_finite_scores, magnitudes
 from peft_kernels.pruning._select import check_amount, select
 from peft_kernels.pruning._targets import weights_of
 
@@ -55,6 +55,4 @@ def magnitude_masks(
     scores = {name: magnitudes(weight, f"{where}: {name}") for name, weight in weights.items()}
     if check:
         check_finite_scores(where, scores)
-    if within is not None:
-        scores = {name: inside(part, within.get(name)) for name, part in scores.items()}
-    return select(scores, sparsity, scope, n_of_m, block)
+    return select(scores, sparsity, scope, n_of_m, block, within)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def keep_n_of_m(scores: Any, n: int, m: int) -> PackedMask:
     if not (isinstance(n, int) and isinstance(m, int) and 1 <= m <= 64 and 0 <= n <= m):
         raise ValueError(f"keep_n_of_m: {n} of {m}; expected whole numbers, 1 <= m <= 64 and 0 <= n <= m")
     columns = part.shape[1]
-    return _packed(part, m * columns, lambda strip: _largest_of_groups(strip, n, m)[:, :columns])
+    return _packed(part, lambda strip: _largest_of_groups(strip, n, m)[:, :columns], m * columns)
 
 
 def _largest_of_groups(strip: Tensor, n: int, m: int) -> Tensor:
@@ -73,40 +74,31 @@ def keep_transposable_2_of_4(scores: Any) -> PackedMask:
         raise ValueError(
             f"keep_transposable_2_of_4: scores has shape {shape_text(part.shape)}; expected multiples of 4"
         )
-    # A strip is to be of whole blocks: four rows are seen as one of four times the columns.
-    n, k = part.shape
-    rows = lambda start, stop: part.rows(4 * start, 4 * stop).reshape(stop - start, 4 * k)  # noqa: E731
-    blocks = part._replace(shape=torch.Size((n // 4, 4 * k)), rows=rows)
-    words = torch.empty(n, words_of(k), dtype=torch.int32, device=part.device)
-    for at, strip in blocks.strips(4 * 90 * k // 16):
-        words[4 * at.start : 4 * at.stop] = mask_pack(_best_ways(strip.view(-1, 4, k))).words
-    return PackedMask(words, part.shape)
+    return _packed(part, _best_ways, 90 * part.shape[1] // 4, multiple=4)
 
 
 def _best_ways(strip: Tensor) -> Tensor:
-    """bool [rows, columns] of scores [rows / 4, 4, columns]."""
+    """bool [rows, columns] of as many scores."""
     highest = torch.finfo(strip.dtype).max / 32
     bounded = strip.nan_to_num(-highest).clamp(-highest, highest)
-    blocks = bounded.unflatten(2, (-1, 4)).transpose(1, 2).flatten(2)  # [block rows, block columns, 16]
+    blocks = bounded.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).transpose(1, 2).flatten(2)
     ways = _ways(strip.device)
     # Sixteen terms at a time, no product of 16-bit or TF32 numbers: a way is as good on every device.
     sums = (blocks.unsqueeze(2) * ways.to(strip.dtype)).sum(3)
     best = ways[sums.argmax(2)]
-    return best.unflatten(2, (4, 4)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return best.unflatten(2, (4, 4)).transpose(1, 2).reshape(strip.shape)
 
 
 @functools.cache
 def _ways(device: torch.device) -> Tensor:
     """bool [90, 16]: 4 x 4 blocks with two in every row and column. Shared: not to be written to."""
     rows = [row for row in itertools.product((0, 1), repeat=4) if sum(row) == 2]
-    blocks = (
-        block for block in itertools.product(rows, repeat=4) if all(sum(c) == 2 for c in zip(*block, strict=True))
-    )
+    blocks = [block for block in itertools.product(rows, repeat=4) if set(map(sum, zip(*block, strict=True))) == {2}]
     return torch.tensor([sum(block, ()) for block in blocks], dtype=torch.bool, device=device)
 
 
-def _packed(part: Scores, row_cost: int, kept) -> PackedMask:
+def _packed(part: Scores, kept: Callable[[Tensor], Tensor], row_cost: int, multiple: int = 1) -> PackedMask:
     words = torch.empty(part.shape[0], words_of(part.shape[1]), dtype=torch.int32, device=part.device)
-    for rows, strip in part.strips(row_cost):
+    for rows, strip in part.strips(row_cost, multiple):
         words[rows] = mask_pack(kept(strip)).words
     return PackedMask(words, part.shape)

@@ -13,6 +13,7 @@ kept, so that fewer than k are where fewer are numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ def keep_largest_by_row(scores: Any, k: int) -> PackedMask:
     words = torch.empty(n, words_of(columns), dtype=torch.int32, device=part.device)
     for rows, strip in part.strips(1 << _ROW_DIGIT):
         search = _Search(part.device, part.dtype, len(strip), k, _ROW_DIGIT)
-        search.run(lambda strip=strip: (strip,))
+        search.run(functools.partial(iter, (strip,)))
         words[rows] = mask_pack(search.kept(strip)).words
     return PackedMask(words, part.shape)
 
