@@ -98,6 +98,7 @@ _NF4_GRAD_X = replace(_NF4_GEMM, staged=(("block_m", "block_n"),), accumulated=(
 _MULTI_DECODE = Space(
     (("block_n", (128, 256, 512)), ("block_k", (128, 256, 512)), _WARPS, ("num_stages", (2, 4, 6, 8))),
 )  # fmt: skip
+_MASKED_GEMM = replace(_NF4_GEMM, staged=(("block_m", "block_k"), ("block_n", "block_k")))
 SPACES: dict[str, Space] = {
     "philox_dropout": Space((("block", (1024, 2048, 4096)), ("block_k", (256, 512, 1024)), _WARPS)),
     "gated_activation": Space((("block", (1024, 2048, 4096)), ("block_n", (256, 512, 1024)), _WARPS)),
@@ -138,6 +139,17 @@ SPACES: dict[str, Space] = {
     "nf4_grad_x_any": _NF4_GRAD_X,
     "multi_decode": _MULTI_DECODE,
     "mask_passes": Space((("block", (2048, 4096, 8192)), ("block_k", (128, 256, 512)), _WARPS)),
+    "masked_gemm": _MASKED_GEMM,
+    "masked_grad_x": _MASKED_GEMM,
+    "masked_grad_weight": Space(
+        (
+            ("block_m", (32, 64)), ("block_n", (64, 128)), ("block_k", (64, 128, 256)), ("group_m", (4, 8, 16)), _WARPS,
+            _STAGES,
+        ),
+        (),
+        (("block_m", "block_n"), ("block_m", "block_k")),
+        ("block_n", "block_k"),
+    ),
 }
 
 

@@ -146,6 +146,30 @@ class MaskPasses(Config):
 
 
 @dataclass(frozen=True)
+class MaskedGemm(Config):
+    """A tile of `block_m` by `block_n` is summed in steps of `block_k`, whichever dimension of the weight that is; both
+    of the weight are multiples of 8. The sum is split where fewer than `programs` tiles are there."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_stages: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class MaskedGradWeight(Config):
+    """`block_n` rows by `block_k` columns of the weight, at most 2¹⁵, are summed in steps of `block_m` rows of x."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class Nf4Gemm(Config):
     """N rows and K columns are those of the weight, `block_n` by `block_k` of which are decoded at a time. The sum is
     split where fewer than `programs` tiles are there. `block_r` and `group_m` as in `ExtendedGemm`. The kernels named
@@ -217,4 +241,7 @@ CONFIGS: dict[str, type[Config]] = {
     "nf4_grad_x_any": Nf4Gemm,
     "multi_decode": MultiDecode,
     "mask_passes": MaskPasses,
+    "masked_gemm": MaskedGemm,
+    "masked_grad_x": MaskedGemm,
+    "masked_grad_weight": MaskedGradWeight,
 }

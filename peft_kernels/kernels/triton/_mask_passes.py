@@ -6,21 +6,22 @@ which a thread that has 8 columns next to each other needs one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from peft_kernels import tuning
 from peft_kernels.formats.mask import WORD_BITS
 from peft_kernels.kernels.triton import _launch
+from peft_kernels.kernels.triton._masked_tile import expanded
 
 _BITS = tl.constexpr(WORD_BITS)
 
 
-def launch(kernel: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *arguments: Any) -> None:
+def launch(kernel: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *arguments: Any) -> None:
     """Launches a kernel of this file over the tiles of a matrix [N, K], which has elements.
 
     Args:
@@ -35,11 +36,6 @@ def launch(kernel: Any, shape: tuple[int, int], dtype: torch.dtype, device: torc
     _launch.launch(kernel, grid, device, *arguments, n, k, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=config.num_warps)
 
 
-def octets(words: Tensor) -> Tensor:
-    """The words [N, ceil(K / 32)] of a mask as bytes [N, 4 · ceil(K / 32)], in the same memory."""
-    return words.view(torch.uint8)
-
-
 @triton.jit
 def _place(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """(rows [BLOCK_N, 1], first column, columns [1, BLOCK_K], which of them exist) of a program's tile, int64."""
@@ -52,18 +48,11 @@ def _place(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def kept(octet, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """bool [ROWS, COLUMNS]: the bits of bytes [ROWS, COLUMNS / 8]."""
-    bits = octet[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]
-    return (tl.reshape(bits, (ROWS, COLUMNS)) & 1) != 0
-
-
-@triton.jit
 def _kept_at(mask, stride, rows, column, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Which weights of a tile are kept; `mask` points at bytes whose rows have this stride."""
     octets = column // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
     octet = tl.load(mask + rows * stride + octets, mask=(rows < N) & (octets * 8 < K), other=0)
-    return kept(octet, BLOCK_N, BLOCK_K)
+    return expanded(octet, BLOCK_N, BLOCK_K)
 
 
 @triton.jit
