@@ -65,7 +65,9 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
         sources = ["cpu_bindings.cpp", "philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp"]
         sources += ["dora_linear.cpp", "gated_activation.cpp", "multi_lora_linear.cpp", "cpu_bindings_multi_lora.cpp"]
         sources += ["cpu_bindings_nf4.cpp", "nf4_dequantize.cpp", "nf4_quantize.cpp", "nf4_linear.cpp"]
-        sources += ["cpu_bindings_mask.cpp", "mask.cpp"]
+        sources += ["cpu_bindings_mask.cpp", "mask.cpp", "masked_linear.cpp"]
+        sources += ["cpu_bindings_block.cpp", "block_linear.cpp"]
+        sources += ["cpu_bindings_sparse_delta.cpp", "sparse_delta_linear.cpp"]
         return sources, {".cpp": [*compile_cxx, "-fopenmp"]}, [cxx, "-shared"]
     nvcc = find("NVCC", "nvcc")
     commands = {
@@ -76,6 +78,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
     link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}", "-Xlinker=--exclude-libs,ALL", *gencode()]
     sources = ["cuda_bindings.cpp", "cuda_bindings_nf4.cpp", "philox_dropout.cu", "splitk_reduce.cu"]
     sources += ["nf4_linear.cu", "lora_down.cu", "cuda_bindings_multi_lora.cpp", "multi_lora_linear.cu"]
+    sources += ["cuda_bindings_bitmap.cpp", "bitmap_linear.cu"]
     return sources, commands, link
 
 
