@@ -2,7 +2,7 @@
 
 The kept blocks lie in the order of a BSR matrix: block row by block row, by column within one. What the kernels need
 to walk them by rows (y), by columns (dx) or one by one (dW) is one tensor of int32, so that dx reads the same blocks
-and no transposed copy exists. Blocks at the lower and right edges are padded with zeros, which nothing reads into a result.
+and no transposed copy exists. Blocks at the lower and right edges are padded with zeros, which reach no result.
 """
 
 from __future__ import annotations
