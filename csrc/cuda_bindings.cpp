@@ -10,6 +10,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
+void bind_bitmap(py::module_& m);
 void bind_multi_lora(py::module_& m);
 void bind_nf4(py::module_& m);
 
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("build_info", &build_info);
   m.def("philox_dropout", &philox_dropout, unlocked);
   m.def("splitk_reduce", &splitk_reduce, unlocked);
+  bind_bitmap(m);
   bind_multi_lora(m);
   bind_nf4(m);
 }

@@ -152,7 +152,7 @@ def compress_bitmap(weight: Tensor, mask: PackedMask | None = None, *, panels: i
     strips, chunks = -(-n // STRIP), -(-k // CHUNK)
     panels = panels_of(n, k) if panels is None else panels
     width = chunks_of_panel(chunks, panels) if panels > 0 else 0
-    if not 0 < width <= MOST_CHUNKS or chunks and (panels - 1) * width >= chunks:
+    if not 0 < width <= MOST_CHUNKS or (chunks and (panels - 1) * width >= chunks):
         raise ValueError(f"compress_bitmap: panels is {panels}; {chunks} chunks cannot be cut into so many")
     device = weight.device
     row_counts = _row_counts(weight, mask)
