@@ -40,7 +40,7 @@ def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) ->
     )
     for _ in range(steps):
         optimizer.zero_grad()
-        layer(x).square().sum().backward()
+        layer(x).square().mean().backward()
         optimizer.step()
 
 
