@@ -154,4 +154,50 @@ void mask_unpack(int64_t n, int64_t k, MaskWords words, uint8_t* out, int thread
 // out [n, k] = the kept weights, rounded to out's dtype, and 0; out may be the weight. float64 becomes nothing else.
 void mask_apply(int64_t n, int64_t k, Matrix weight, MaskWords words, Matrix out, int threads);
 
+// W [n, k], dense or (dense.data null) NF4, and which weights are kept (words.data null: all). With r > 0 it stands for
+// W + scaling B A, of which the mask then keeps a part.
+struct MaskedOperand {
+  int64_t n, k;
+  Matrix dense;
+  Nf4Weight nf4;
+  MaskWords words;
+  int64_t r;
+  Matrix lora_A, lora_B;
+  double scaling;
+};
+
+// Chosen weights: flat [count] int32 or (wide) int64, ascending, of which those of rows [strip i, strip (i + 1)) are
+// starts[i] to starts[i + 1]; their gradients go to `values`.
+struct MaskedPlaces {
+  const void* flat;
+  bool wide;
+  const int64_t* starts;
+  int64_t strip;
+  void* values;
+  int dtype;
+};
+
+// y [M, N] = x (W ⊙ mask)ᵀ + bias (or none); grad_x [M, K] = grad_y (W ⊙ mask). W is rounded to the dtype of x.
+void masked_linear_forward(int64_t m, const MaskedOperand& w, Matrix x, Matrix bias, Matrix y, int threads);
+void masked_linear_grad_x(int64_t m, const MaskedOperand& w, Matrix grad_y, Matrix grad_x, int threads);
+
+// grad_weight [N, K] = grad_yᵀ x where the mask keeps it, else 0; or the same at chosen places.
+void masked_linear_grad_weight(int64_t m, int64_t n, int64_t k, Matrix grad_y, Matrix x, MaskWords words,
+                               Matrix grad_weight, int threads);
+void masked_linear_grad_values(int64_t m, int64_t n, int64_t k, Matrix grad_y, Matrix x, const MaskedPlaces& places,
+                               int threads);
+
+// A block-sparse matrix [n, k]: formats/_block.py says what the tensors are. values [blocks * block, block].
+struct BlockMatrix {
+  int64_t n, k, block, blocks;
+  Matrix values;
+  const int32_t *row_starts, *columns, *column_starts, *rows, *order, *long_rows, *long_columns;
+};
+
+// y [M, N] = x Wᵀ + bias (or none); grad_x [M, K] = grad_y W; grad [blocks * block, block], contiguous = the kept blocks
+// of grad_yᵀ x, 0 beyond the matrix. All in the dtype of W.
+void block_linear_forward(int64_t m, const BlockMatrix& w, Matrix x, Matrix bias, Matrix y, int threads);
+void block_linear_backward(int64_t m, const BlockMatrix& w, Matrix grad_y, Matrix grad_x, int threads);
+void block_linear_gradient(int64_t m, const BlockMatrix& w, Matrix grad_y, Matrix x, Matrix grad, int threads);
+
 }  // namespace peft_kernels
