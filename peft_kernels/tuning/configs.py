@@ -148,7 +148,7 @@ class MaskPasses(Config):
 @dataclass(frozen=True)
 class MaskedGemm(Config):
     """A tile of `block_m` by `block_n` is summed in steps of `block_k`, whichever dimension of the weight that is; both
-    of the weight are multiples of 8. The sum is split where fewer than `programs` tiles are there."""
+    are multiples of 32, of a word. The sum is split where fewer than `programs` tiles are there."""
 
     block_m: int
     block_n: int

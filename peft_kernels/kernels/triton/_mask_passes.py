@@ -1,7 +1,6 @@
 """The kernels of `mask_pack`, `mask_unpack` and `mask_apply`; their host sides are in files of these names.
 
-A program has a tile of BLOCK_N rows and BLOCK_K columns, a multiple of the 32 of a word. Masks are read by bytes, of
-which a thread that has 8 columns next to each other needs one.
+A program has a tile of BLOCK_N rows and BLOCK_K columns, a multiple of the 32 of a word.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import triton.language as tl
 from peft_kernels import tuning
 from peft_kernels.formats.mask import WORD_BITS
 from peft_kernels.kernels.triton import _launch
-from peft_kernels.kernels.triton._masked_tile import expanded
+from peft_kernels.kernels.triton._masked_tile import masked, signs_of
 
 _BITS = tl.constexpr(WORD_BITS)
 
@@ -48,11 +47,10 @@ def _place(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _kept_at(mask, stride, rows, column, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Which weights of a tile are kept; `mask` points at bytes whose rows have this stride."""
-    octets = column // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
-    octet = tl.load(mask + rows * stride + octets, mask=(rows < N) & (octets * 8 < K), other=0)
-    return expanded(octet, BLOCK_N, BLOCK_K)
+def _words_at(words, stride, rows, column, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The words of a tile [BLOCK_N, BLOCK_K / 32], from words whose rows have this stride."""
+    word = column // _BITS + tl.arange(0, BLOCK_K // _BITS)[None, :]
+    return tl.load(words + rows * stride + word, mask=(rows < N) & (word * _BITS < K), other=0)
 
 
 @triton.jit
@@ -78,22 +76,21 @@ def mask_pack(
 
 
 @triton.jit
-def mask_unpack(mask, out, stride, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def mask_unpack(words, out, stride, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """out [N, K] (contiguous), bytes of 0 and 1."""
     rows, column, columns, inside = _place(N, K, BLOCK_N, BLOCK_K)
-    tl.store(
-        out + rows * K + columns, _kept_at(mask, stride, rows, column, N, K, BLOCK_N, BLOCK_K).to(tl.uint8), mask=inside
-    )
+    signs = signs_of(_words_at(words, stride, rows, column, N, K, BLOCK_N, BLOCK_K), BLOCK_N, BLOCK_K)
+    tl.store(out + rows * K + columns, (signs < 0).to(tl.uint8), mask=inside)
 
 
 @triton.jit
 def mask_apply(
-    weight, mask, out, stride_n, stride_k, stride, stride_on, stride_ok,
+    weight, words, out, stride_n, stride_k, stride, stride_on, stride_ok, IN_PAIRS: tl.constexpr,
     N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out = the weight where it is kept, else 0; out may be the weight itself."""
     rows, column, columns, inside = _place(N, K, BLOCK_N, BLOCK_K)
     value = tl.load(weight + rows * stride_n + columns * stride_k, mask=inside, other=0.0)
-    value = value.to(out.dtype.element_ty)
-    value = tl.where(_kept_at(mask, stride, rows, column, N, K, BLOCK_N, BLOCK_K), value, tl.zeros_like(value))
+    words_of_tile = _words_at(words, stride, rows, column, N, K, BLOCK_N, BLOCK_K)
+    value = masked(value, words_of_tile, out.dtype.element_ty, BLOCK_N, BLOCK_K, IN_PAIRS)
     tl.store(out + rows * stride_on + columns * stride_ok, value, mask=inside)

@@ -1,6 +1,6 @@
 """y = x (W ⊙ M)ᵀ + bias and dX = dY (W ⊙ M): a GEMM whose weight gets its mask between memory and tensor cores.
 
-A tile of W is loaded as it lies, its mask as bytes of 8 columns beside it, and what is not kept becomes 0 in registers:
+A tile of W is loaded as it lies, the words of its mask beside it, and what is not kept becomes 0 in registers:
 the same words serve both products, of which the second sums over W's rows. Where tiles do not fill the GPU, the sum is
 split and the partials are added in a fixed order (`splitk_reduce`).
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from peft_kernels import tuning
 from peft_kernels.kernels.triton import _launch
 from peft_kernels.kernels.triton._gemm_tile import tile_of
-from peft_kernels.kernels.triton._masked_tile import in_pairs, masked, octets
+from peft_kernels.kernels.triton._masked_tile import in_pairs, masked
 
 # Rows of x up to which W comes first: the first operand of tensor cores has at least 64 rows on sm_90, 16 before.
 _FEW = 16
@@ -42,11 +42,11 @@ def masked_gemm(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = 
     out = torch.empty((splits, m, columns), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     if out.numel() == 0:
         return out[0]
-    mask, w = octets(words), weight if by_rows else weight.t()
+    w = weight if by_rows else weight.t()
     _launch.launch(
         _masked_gemm, (tiles, splits), x.device,
-        x, w, mask, bias, out, m, columns, length, mask.shape[1], per_split // config.block_k,
-        *x.stride(), *w.stride(), mask.stride(0), 0 if bias is None else bias.stride(0),
+        x, w, words, bias, out, m, columns, length, words.shape[1], per_split // config.block_k,
+        *x.stride(), *w.stride(), words.stride(0), 0 if bias is None else bias.stride(0),
         BY_ROWS=by_rows, W_FIRST=config.block_m <= _FEW, IN_PAIRS=in_pairs(x.dtype),
         PRECISION=_launch.dot_precision(x.dtype), **config.options(),
     )  # fmt: skip
@@ -55,12 +55,13 @@ def masked_gemm(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = 
 
 @triton.jit(do_not_specialize=["M"])
 def _masked_gemm(
-    x, w, mask, bias, out, M, N, K, octets, steps, stride_xm, stride_xk, stride_wk, stride_wn, stride_mask, stride_bias,
+    x, w, words, bias, out, M, N, K, words_in_row, steps,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_words, stride_bias,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BY_ROWS: tl.constexpr, W_FIRST: tl.constexpr, IN_PAIRS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [split, M, N] (contiguous) from x [M, K] and w [K, N] in `steps` steps a split. Rows of the mask, `octets`
-    bytes, follow K, or N when BY_ROWS."""
+    """out [split, M, N] (contiguous) from x [M, K] and w [K, N] in `steps` steps a split. Rows of the mask,
+    `words_in_row` words, follow K, or N when BY_ROWS."""
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
     rows, columns = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -73,16 +74,16 @@ def _masked_gemm(
     x_step, w_step = BLOCK_K * tl.cast(stride_xk, tl.int64), BLOCK_K * tl.cast(stride_wk, tl.int64)
     # W and its mask as they lie: [K, N] when BY_ROWS, else [N, K].
     if BY_ROWS:
-        octet = column // BLOCK_N * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-        octets_in = octet < octets
+        word = column // BLOCK_N * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
+        words_in = word < words_in_row
         w_pointers = w + inner[:, None] * stride_wk + columns[None, :] * stride_wn
-        mask_pointers = mask + inner[:, None] * stride_mask + octet[None, :]
-        mask_step = BLOCK_K * tl.cast(stride_mask, tl.int64)
+        word_pointers = words + inner[:, None] * stride_words + word[None, :]
+        word_step = BLOCK_K * tl.cast(stride_words, tl.int64)
     else:
-        octet = first.to(tl.int64) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+        word = first.to(tl.int64) * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
         w_pointers = w + columns[:, None] * stride_wn + inner[None, :] * stride_wk
-        mask_pointers = mask + columns[:, None] * stride_mask + octet[None, :]
-        mask_step = BLOCK_K // 8
+        word_pointers = words + columns[:, None] * stride_words + word[None, :]
+        word_step = BLOCK_K // 32
 
     total = tl.zeros((BLOCK_N, BLOCK_M) if W_FIRST else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
@@ -90,16 +91,16 @@ def _masked_gemm(
         x_tile = tl.load(x_pointers, mask=rows_in[:, None] & inner_in[None, :], other=0.0)
         if BY_ROWS:
             w_tile = tl.load(w_pointers, mask=inner_in[:, None] & columns_in[None, :], other=0.0)
-            bits = tl.load(mask_pointers, mask=inner_in[:, None] & octets_in[None, :], other=0)
+            bits = tl.load(word_pointers, mask=inner_in[:, None] & words_in[None, :], other=0)
             w_tile = masked(w_tile, bits, x_tile.dtype, BLOCK_K, BLOCK_N, IN_PAIRS)
             if W_FIRST:
                 total = tl.dot(tl.trans(w_tile), tl.trans(x_tile), total, input_precision=PRECISION)
             else:
                 total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
         else:
-            octets_in = tl.arange(0, BLOCK_K // 8) < octets - step * (BLOCK_K // 8)
+            words_in = tl.arange(0, BLOCK_K // 32) < words_in_row - step * (BLOCK_K // 32)
             w_tile = tl.load(w_pointers, mask=columns_in[:, None] & inner_in[None, :], other=0.0)
-            bits = tl.load(mask_pointers, mask=columns_in[:, None] & octets_in[None, :], other=0)
+            bits = tl.load(word_pointers, mask=columns_in[:, None] & words_in[None, :], other=0)
             w_tile = masked(w_tile, bits, x_tile.dtype, BLOCK_N, BLOCK_K, IN_PAIRS)
             if W_FIRST:
                 total = tl.dot(w_tile, tl.trans(x_tile), total, input_precision=PRECISION)
@@ -107,7 +108,7 @@ def _masked_gemm(
                 total = tl.dot(x_tile, tl.trans(w_tile), total, input_precision=PRECISION)
         x_pointers += x_step
         w_pointers += w_step
-        mask_pointers += mask_step
+        word_pointers += word_step
 
     if W_FIRST:
         total = tl.trans(total)

@@ -16,7 +16,7 @@ from torch import Tensor
 from peft_kernels import tuning
 from peft_kernels.kernels.triton import _launch
 from peft_kernels.kernels.triton._gemm_tile import store_rows, tile_of
-from peft_kernels.kernels.triton._masked_tile import expanded, octets
+from peft_kernels.kernels.triton._masked_tile import signs_of
 from peft_kernels.kernels.triton._product import add_product_of_rows
 
 
@@ -27,11 +27,10 @@ def masked_grad_weight(grad_y: Tensor, x: Tensor, words: Tensor, dtype: torch.dt
     if out.numel() == 0:
         return out
     config = tuning.config(_launch.architecture(x.device), "masked_grad_weight", x.dtype)
-    mask = octets(words)
     tiles = _launch.blocks(n, config.block_n) * _launch.blocks(k, config.block_k)
     _launch.launch(
         _masked_grad_weight, (tiles,), x.device,
-        grad_y, x, mask, out, m, n, k, mask.shape[1], grad_y.stride(), x.stride(), mask.stride(0),
+        grad_y, x, words, out, m, n, k, words.shape[1], grad_y.stride(), x.stride(), words.stride(0),
         PRECISION=_launch.dot_precision(x.dtype), **config.options(),
     )  # fmt: skip
     return out
@@ -53,7 +52,7 @@ def tile_of_grad(
 
 @triton.jit(do_not_specialize=["M"])
 def _masked_grad_weight(
-    grad_y, x, mask, out, M, N, K, octets, y_strides, x_strides, stride_mask,
+    grad_y, x, words, out, M, N, K, words_in_row, y_strides, x_strides, stride_words,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,8 +60,8 @@ def _masked_grad_weight(
     row, column = tile_of(tl.program_id(0), N, K, BLOCK_N, BLOCK_K, GROUP_M)
     total = tile_of_grad(grad_y, x, row, column, M, N, K, y_strides, x_strides, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     rows, columns = row + tl.arange(0, BLOCK_N), column + tl.arange(0, BLOCK_K)
-    octet = column // BLOCK_K * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-    valid = (rows < N)[:, None] & (octet < octets)[None, :]
-    bits = tl.load(mask + rows[:, None] * stride_mask + octet[None, :], mask=valid, other=0)
-    total = tl.where(expanded(bits, BLOCK_N, BLOCK_K), total, 0.0)
+    word = column // BLOCK_K * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    valid = (rows < N)[:, None] & (word < words_in_row)[None, :]
+    words_of_tile = tl.load(words + rows[:, None] * stride_words + word[None, :], mask=valid, other=0)
+    total = tl.where(signs_of(words_of_tile, BLOCK_N, BLOCK_K) < 0, total, 0.0)
     store_rows(total, out, rows, rows < N, columns, columns < K, K)

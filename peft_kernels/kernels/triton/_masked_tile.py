@@ -1,8 +1,10 @@
-"""Tiles of masks, which are read as bytes of 8 columns: what kernels over pruned weights share.
+"""Tiles of masks, in words of 32 columns: what kernels over pruned weights share.
 
-A tile of bytes is expanded in registers, by shifts that the compiler knows. Of 16-bit weights two at once get their
-mask: each bit is shifted to where a byte has its sign, `prmt` repeats the two signs over 16 bits each, and one `and`
-follows: 2 instructions a weight. Selected one by one, as the compiler does it, a weight costs 5 to 7.
+A tile of words is expanded in registers: the 8 bits of a byte go to where a register has its sign, by shifts that the
+compiler knows. Of 16-bit weights two at once get their mask: `prmt` repeats the two signs over 16 bits each, and one
+`and` follows, 2 instructions a weight; selected one by one, as the compiler does it, a weight costs 5 to 7. Masks are
+not loaded as bytes, which compile as well on sm_90: on sm_80 the compiler lays the operands of a product out for the
+narrowest load behind them, and for bytes `ldmatrix` is lost to both.
 """
 
 from __future__ import annotations
@@ -10,18 +12,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from peft_kernels.kernels.triton import _launch
 
-ASSEMBLY = "{\n.reg .b32 m;\nprmt.b32 m, $2, $3, 0xCC88;\nand.b32 $0, $1, m;\n}"
-"""PTX that clears each of the two 16-bit weights in $1 unless byte 0 of $2, or of $3, has its highest bit."""
+ASSEMBLY = "{\n.reg .b32 m;\nprmt.b32 m, $2, $3, 0xFFBB;\nand.b32 $0, $1, m;\n}"
+"""PTX that clears the lower of the two 16-bit weights in $1 where $2 has no sign, the upper where $3 has none."""
 _ASSEMBLY = tl.constexpr(ASSEMBLY)
-
-
-def octets(words: Tensor) -> Tensor:
-    """The words [N, ceil(K / 32)] of a mask as bytes [N, 4 · ceil(K / 32)], in the same memory."""
-    return words.view(torch.uint8)
 
 
 def in_pairs(dtype: torch.dtype) -> bool:
@@ -30,25 +26,21 @@ def in_pairs(dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def expanded(octet, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """bool [ROWS, COLUMNS]: the bits of bytes [ROWS, COLUMNS / 8]."""
-    bits = octet[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]
-    return (tl.reshape(bits, (ROWS, COLUMNS)) & 1) != 0
+def signs_of(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int32 [ROWS, COLUMNS], negative where the words [ROWS, COLUMNS / 32] keep a weight."""
+    octets = words[:, :, None] << (24 - 8 * tl.arange(0, 4))[None, None, :]
+    octets = tl.reshape(octets, (ROWS, COLUMNS // 8))
+    return tl.reshape(octets[:, :, None] << (7 - tl.arange(0, 8))[None, None, :], (ROWS, COLUMNS))
 
 
 @triton.jit
-def masked(weight, octet, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IN_PAIRS: tl.constexpr):
-    """A tile of a weight [ROWS, COLUMNS] in `dtype`, 0 where the bytes keep nothing."""
+def masked(weight, words, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IN_PAIRS: tl.constexpr):
+    """A tile of a weight [ROWS, COLUMNS] in `dtype`, 0 where the words keep nothing."""
     weight = weight.to(dtype)
+    signs = signs_of(words, ROWS, COLUMNS)
     if IN_PAIRS:
-        signs = octet.to(tl.int32)[:, :, None] << (7 - tl.arange(0, 8))[None, None, :]
         return tl.inline_asm_elementwise(
-            _ASSEMBLY,
-            "=r,r,r,r",
-            [weight, tl.reshape(signs, (ROWS, COLUMNS))],
-            dtype=weight.dtype,
-            is_pure=True,
-            pack=2,
+            _ASSEMBLY, "=r,r,r,r", [weight, signs], dtype=weight.dtype, is_pure=True, pack=2
         )
     else:
-        return tl.where(expanded(octet, ROWS, COLUMNS), weight, tl.zeros_like(weight))
+        return tl.where(signs < 0, weight, tl.zeros_like(weight))

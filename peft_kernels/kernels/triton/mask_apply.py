@@ -33,11 +33,10 @@ def forward_(weight: Tensor, words: Tensor) -> None:
 
 def _apply(weight: Tensor, words: Tensor, out: Tensor) -> None:
     from peft_kernels.kernels.triton import _mask_passes as passes
-    from peft_kernels.kernels.triton._masked_tile import octets
+    from peft_kernels.kernels.triton._masked_tile import in_pairs
 
     if out.numel():
-        mask = octets(words)
         passes.launch(
             passes.mask_apply, weight.shape, weight.dtype, weight.device,
-            weight, mask, out, *weight.stride(), mask.stride(0), *out.stride(),
+            weight, words, out, *weight.stride(), words.stride(0), *out.stride(), in_pairs(out.dtype),
         )  # fmt: skip

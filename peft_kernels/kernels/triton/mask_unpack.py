@@ -23,10 +23,9 @@ def unproven(problem) -> str | None:
 
 def forward(words: Tensor, columns: int) -> Tensor:
     from peft_kernels.kernels.triton import _mask_passes as passes
-    from peft_kernels.kernels.triton._masked_tile import octets
 
     out = torch.empty((words.shape[0], columns), dtype=torch.bool, device=words.device)
     if out.numel():
-        mask, target = octets(words), out.view(torch.uint8)
-        passes.launch(passes.mask_unpack, out.shape, target.dtype, out.device, mask, target, mask.stride(0))
+        target = out.view(torch.uint8)
+        passes.launch(passes.mask_unpack, out.shape, target.dtype, out.device, words, target, words.stride(0))
     return out
