@@ -42,11 +42,12 @@ struct BitmapGpu {
 };
 
 // A block takes `groups` strips with a warp for each chunk of a panel. It walks every `splits`-th panel: the blocks of a
-// cluster share a strip's panels out.
+// cluster share a strip's panels out. Warps stand as [width, groups], blocks as [tiles, splits]: nothing is divided on
+// the device.
 struct BitmapPlan {
   int strips, chunks, panels;
   int width;  // chunks of a panel, warps of a group
-  int groups, splits, blocks, threads;
+  int groups, splits, tiles, threads;
   int group_bytes;  // of shared memory, for a panel's values
   int shared_bytes;
 };
@@ -77,12 +78,11 @@ inline BitmapPlan bitmap_plan(const BitmapWeight& w, const BitmapGpu& gpu) {
   plan.groups = kBitmapWarps / plan.width;
   const int shares = plan.strips / gpu.multiprocessors;
   if (plan.groups > shares) plan.groups = shares > 1 ? shares : 1;
-  const int tiles = static_cast<int>(bitmap_parts(plan.strips, plan.groups));
+  plan.tiles = static_cast<int>(bitmap_parts(plan.strips, plan.groups));
   plan.splits = 1;
   while (gpu.clusters && plan.splits < kMostSplits && plan.splits * 2 <= plan.panels &&
-         static_cast<int64_t>(tiles) * plan.splits * 2 < static_cast<int64_t>(gpu.multiprocessors) * 3)
+         static_cast<int64_t>(plan.tiles) * plan.splits * 2 < static_cast<int64_t>(gpu.multiprocessors) * 3)
     plan.splits *= 2;
-  plan.blocks = tiles * plan.splits;
   plan.threads = 32 * plan.width * plan.groups;
   plan.group_bytes = w.most_slots * kSlotBytes;
   const int values = plan.groups * plan.group_bytes, sums = plan.width * plan.groups * kBitmapSums * 4;
@@ -90,18 +90,16 @@ inline BitmapPlan bitmap_plan(const BitmapWeight& w, const BitmapGpu& gpu) {
   return plan;
 }
 
-// What a warp of a block takes.
+// What a warp takes, of warps [width, groups] in blocks [tiles, splits].
 struct BitmapShare {
   int group, warp;   // of its block, and in its group
+  int warp_of_block;
   int strip;         // may be past the last
   int first_panel;
 
-  PEFT_KERNELS_HOST_DEVICE BitmapShare(const BitmapPlan& plan, int block, int warp_of_block) {
-    group = warp_of_block / plan.width;
-    warp = warp_of_block % plan.width;
-    strip = block / plan.splits * plan.groups + group;
-    first_panel = block % plan.splits;
-  }
+  PEFT_KERNELS_HOST_DEVICE BitmapShare(const BitmapPlan& plan, int tile, int split, int group, int warp)
+      : group(group), warp(warp), warp_of_block(group * plan.width + warp), strip(tile * plan.groups + group),
+        first_panel(split) {}
   PEFT_KERNELS_HOST_DEVICE int chunk(const BitmapPlan& plan, int panel) const { return panel * plan.width + warp; }
 };
 
@@ -115,16 +113,24 @@ PEFT_KERNELS_HOST_DEVICE int ranges_before(int end, int slots) {
   return each == 0 ? 0 : (end + each - 1) / each;
 }
 
+// Bytes of a panel's values.
+struct BitmapRange {
+  int begin, end;
+};
+PEFT_KERNELS_HOST_DEVICE BitmapRange range_of(int slots, int range) {
+  const int each = range_slots(slots), end = (range + 1) * each, begin = range * each;
+  return {(begin < slots ? begin : slots) * kSlotBytes, (end < slots ? end : slots) * kSlotBytes};
+}
+
 // Calls copy(byte) for each 16 bytes of a panel's values that a thread of a group is to ask for, arrive(range) behind
 // those of each range.
 template <class Copy, class Arrive>
 PEFT_KERNELS_HOST_DEVICE void copy_panel(int slots, int threads, int thread, Copy copy, Arrive arrive) {
-  const int bytes = slots * kSlotBytes, each = range_slots(slots) * kSlotBytes;
   PEFT_KERNELS_NO_UNROLL
   for (int range = 0; range < kBitmapRanges; ++range) {
-    const int whole = (range + 1) * each, end = whole < bytes ? whole : bytes;
+    const BitmapRange bytes = range_of(slots, range);
     PEFT_KERNELS_NO_UNROLL
-    for (int at = range * each + 16 * thread; at < end; at += 16 * threads) copy(at);
+    for (int at = bytes.begin + 16 * thread; at < bytes.end; at += 16 * threads) copy(at);
     arrive(range);
   }
 }

@@ -37,13 +37,15 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-__device__ __forceinline__ void prepare_barrier(uint64_t& barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(&barrier)), "r"(arrivals) : "memory");
-}
-
-// This thread has arrived once its copies so far have.
-__device__ __forceinline__ void arrive_after_copies(uint64_t& barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(shared_address(&barrier)) : "memory");
+// One thread copies from sm_90 on; before, all threads of a group.
+__device__ __forceinline__ void prepare_barrier(uint64_t& barrier, int threads) {
+#if __CUDA_ARCH__ >= 900
+  threads = 1;
+#endif
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_address(&barrier)), "r"(threads) : "memory");
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ void wait_for(uint64_t& barrier, int parity) {
@@ -74,24 +76,52 @@ __device__ __forceinline__ uint4 load_words_once(const void* from) {
   return words;
 }
 
-// The group's threads ask for a panel's slots, range after range.
-__device__ __forceinline__ void copy_values(const Arguments& a, const BitmapShare& share, int first, int slots,
-                                            uint32_t target, uint64_t (&arrived)[kBitmapRanges]) {
-  const int threads = 32 * a.plan.width, thread = static_cast<int>(threadIdx.x) - threads * share.group;
+// A group asks for a panel's slots, range after range.
+__device__ __forceinline__ void copy_values(const Arguments& a, const BitmapShare& share, int lane, int first,
+                                            int slots, uint32_t target, uint64_t (&arrived)[kBitmapRanges]) {
   const char* source = static_cast<const char*>(a.w.values) + static_cast<int64_t>(first) * kSlotBytes;
+#if __CUDA_ARCH__ >= 900
+  if (share.warp != 0 || lane != 0) return;
+#pragma unroll
+  for (int r = 0; r < kBitmapRanges; ++r) {
+    const BitmapRange range = range_of(slots, r);
+    const uint32_t barrier = shared_address(&arrived[r]), bytes = range.end - range.begin;
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+    if (bytes == 0) continue;
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(target + range.begin), "l"(source + range.begin), "r"(bytes), "r"(barrier) : "memory");
+  }
+#else
   const auto copy = [&](int at) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(target + at), "l"(source + at) : "memory");
   };
-  copy_panel(slots, threads, thread, copy, [&](int range) { arrive_after_copies(arrived[range]); });
+  const auto arrive = [&](int range) {  // this thread has arrived once its copies so far have
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(shared_address(&arrived[range])) : "memory");
+  };
+  copy_panel(slots, 32 * a.plan.width, 32 * share.warp + lane, copy, arrive);
+#endif
+}
+
+// The 8 tokens' numbers of x at a lane's columns of a chunk, 0 past the last token and the last column.
+template <class T>
+__device__ __forceinline__ void load_x(const Arguments& a, int lane, int chunk, uint4 (&x)[8]) {
+  const int token = lane_token(lane), column = chunk * kBitmapColumns + bitmap_x_column(lane, 0);
+  const T* const source = static_cast<const T*>(a.x) + token * a.x_stride + column;
+  const int left = token < a.m ? static_cast<int>(a.w.k) - column : 0;
+#pragma unroll
+  for (int q = 0; q < 8; ++q) {
+    x[q] = make_uint4(0, 0, 0, 0);
+    if (bitmap_x_column(0, q) < left) x[q] = load_words(source + bitmap_x_column(0, q));
+  }
 }
 
 // A warp's product with a chunk. Its streams begin behind `before`.
 template <class T>
 __device__ __forceinline__ void multiply_chunk(const uint4 (&x)[8], const LaneBits& bits, Streams streams,
                                                float (&sums)[4]) {
-  const auto load = [](uint32_t address) {
+  const auto load = [](uint32_t address) {  // volatile: it stays behind the waits
     uint16_t value;
-    asm("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address));
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(address) : "memory");
     return static_cast<uint32_t>(value);
   };
 #pragma unroll
@@ -117,47 +147,41 @@ template <class T>
 __global__ void __launch_bounds__(32 * kBitmapWarps, 2) bitmap_linear_kernel(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) char shared[];
   __shared__ Common common;
-  // Of lane 0, so that the compiler knows it to be the same in all lanes.
-  const int warp = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x / 32), 0);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const BitmapShare share(a.plan, static_cast<int>(blockIdx.x), warp);
-  if (threadIdx.x < kBitmapRanges * a.plan.groups)
-    prepare_barrier(common.arrived[threadIdx.x / kBitmapRanges][threadIdx.x % kBitmapRanges], 32 * a.plan.width);
+  // Of lane 0, so that the compiler knows them to be the same in all lanes.
+  const auto uniform = [](unsigned int value) { return __shfl_sync(0xFFFFFFFFu, static_cast<int>(value), 0); };
+  const int lane = static_cast<int>(threadIdx.x), tile = static_cast<int>(blockIdx.x);
+  const BitmapShare share(a.plan, tile, static_cast<int>(blockIdx.y), uniform(threadIdx.z), uniform(threadIdx.y));
+  const bool strip_lives = share.strip < a.plan.strips;
+  uint64_t(&arrived)[kBitmapRanges] = common.arrived[share.group];
+  if (share.warp == 0 && lane < kBitmapRanges) prepare_barrier(arrived[lane], 32 * a.plan.width);
   __syncthreads();
 
-  uint64_t(&arrived)[kBitmapRanges] = common.arrived[share.group];
   const uint32_t values = shared_address(shared) + share.group * a.plan.group_bytes;
-  const T* const row_of_x = static_cast<const T*>(a.x) + lane_token(lane) * a.x_stride;
   float sums[4] = {};
   int parity = 0;
   for (int panel = share.first_panel; panel < a.plan.panels; panel += a.plan.splits, parity ^= 1) {
     if (panel != share.first_panel) __syncthreads();  // the values and counts of the panel before are used
-    const int chunk = share.chunk(a.plan, panel);
-    const bool strip_lives = share.strip < a.plan.strips, lives = strip_lives && chunk < a.plan.chunks;
-    LaneBits bits{};
-    if (lives) {
-      const int64_t at = static_cast<int64_t>(share.strip) * a.plan.chunks + chunk;
-      const uint4 words = load_words_once(static_cast<const char*>(a.w.bits) + at * kBitmapChunkBytes + 16 * lane);
-      bits = {words.x, words.y, words.z, words.w};
-    }
     int first = 0, slots = 0;
     if (strip_lives) {
       const int32_t* start = a.w.starts + static_cast<int64_t>(share.strip) * a.plan.panels + panel;
       first = start[0];
       slots = start[1] - first;
     }
-    copy_values(a, share, first, slots, values, arrived);
-    uint4 x[8];
-#pragma unroll
-    for (int q = 0; q < 8; ++q) {
-      const int column = chunk * kBitmapColumns + bitmap_x_column(lane, q);
-      x[q] = make_uint4(0, 0, 0, 0);
-      if (lane_token(lane) < a.m && column < a.w.k) x[q] = load_words(row_of_x + column);
+    const int chunk = share.chunk(a.plan, panel);
+    LaneBits bits{};
+    if (strip_lives && chunk < a.plan.chunks) {
+      const int64_t at = static_cast<int64_t>(share.strip) * a.plan.chunks + chunk;
+      const uint4 words = load_words_once(static_cast<const char*>(a.w.bits) + at * kBitmapChunkBytes + 16 * lane);
+      bits = {words.x, words.y, words.z, words.w};
     }
+    copy_values(a, share, lane, first, slots, values, arrived);
+    uint4 x[8];
+    load_x<T>(a, lane, chunk, x);
     const uint32_t own = stream_counts(bits);
-    common.counts[warp][lane] = own;
+    common.counts[share.warp_of_block][lane] = own;
     __syncthreads();
-    const uint32_t before = counts_before(common.counts, warp - share.warp, warp, lane);
+    const uint32_t before =
+        counts_before(common.counts, share.warp_of_block - share.warp, share.warp_of_block, lane);
     const int needed = ranges_before(__reduce_max_sync(0xFFFFFFFFu, last_slot(before + own)), slots);
     for (int r = 0; r < needed; ++r) wait_for(arrived[r], parity);
     multiply_chunk<T>(x, bits, Streams(values, lane, before), sums);
@@ -168,15 +192,16 @@ __global__ void __launch_bounds__(32 * kBitmapWarps, 2) bitmap_linear_kernel(con
   float* const warp_sums = reinterpret_cast<float*>(shared);
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 4; ++i) warp_sums[bitmap_sum_offset(warp, result_token(lane, i), result_row(lane, i))] = sums[i];
+  for (int i = 0; i < 4; ++i)
+    warp_sums[bitmap_sum_offset(share.warp_of_block, result_token(lane, i), result_row(lane, i))] = sums[i];
   __syncthreads();
-  const int count = kBitmapRows * a.plan.groups * a.m, tile = static_cast<int>(blockIdx.x) / a.plan.splits;
+  const int count = kBitmapRows * a.plan.groups * a.m, thread = 32 * share.warp_of_block + lane;
 #if __CUDA_ARCH__ >= 900
   if (a.plan.splits > 1) {
     const cg::cluster_group cluster = cg::this_cluster();
     cluster.sync();
-    const int first = static_cast<int>(cluster.block_rank() * blockDim.x + threadIdx.x);
-    for (int i = first; i < count; i += a.plan.splits * static_cast<int>(blockDim.x)) {
+    const int first = static_cast<int>(blockIdx.y) * a.plan.threads + thread;
+    for (int i = first; i < count; i += a.plan.splits * a.plan.threads) {
       const BitmapSum which(a.plan, i);
       float sum = 0.0f;
       for (int split = 0; split < a.plan.splits; ++split)
@@ -187,7 +212,7 @@ __global__ void __launch_bounds__(32 * kBitmapWarps, 2) bitmap_linear_kernel(con
     return;
   }
 #endif
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+  for (int i = thread; i < count; i += a.plan.threads) {
     const BitmapSum which(a.plan, i);
     store<T>(a, which, tile * a.plan.groups + which.group, which.over_warps(a.plan, warp_sums));
   }
@@ -217,13 +242,13 @@ int launch_bitmap_linear(Launch launch, const BitmapWeight& weight, int dtype, c
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned int>(plan.blocks));
-    config.blockDim = dim3(static_cast<unsigned int>(plan.threads));
+    config.gridDim = dim3(static_cast<unsigned int>(plan.tiles), static_cast<unsigned int>(plan.splits));
+    config.blockDim = dim3(32, static_cast<unsigned int>(plan.width), static_cast<unsigned int>(plan.groups));
     config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
     config.stream = static_cast<cudaStream_t>(launch.stream);
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned int>(plan.splits), 1, 1};
+    cluster.val.clusterDim = {1, static_cast<unsigned int>(plan.splits), 1};
     config.attrs = &cluster;
     config.numAttrs = plan.splits > 1 ? 1 : 0;
     const Arguments arguments{weight, plan, call.x, call.x_stride, call.bias, call.y, call.m};

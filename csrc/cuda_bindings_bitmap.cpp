@@ -54,7 +54,7 @@ void bind_bitmap(py::module_& m) {
       .def_readonly("width", &BitmapPlan::width)
       .def_readonly("groups", &BitmapPlan::groups)
       .def_readonly("splits", &BitmapPlan::splits)
-      .def_readonly("blocks", &BitmapPlan::blocks)
+      .def_readonly("tiles", &BitmapPlan::tiles)
       .def_readonly("threads", &BitmapPlan::threads)
       .def_readonly("shared_bytes", &BitmapPlan::shared_bytes);
   m.def("bitmap_gpu", &gpu, unlocked);

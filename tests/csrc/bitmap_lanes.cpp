@@ -18,6 +18,7 @@ enum Fault { kNone, kOutOfShared = 1, kOtherBank = 2, kBeyondValues = 3, kStored
 struct Call {
   BitmapWeight w;
   BitmapPlan plan;
+  bool bulk;  // a thread copies a whole range, as from sm_90 on
   int64_t slots;  // of all values
   int dtype, m;
   const uint16_t* x;
@@ -54,16 +55,18 @@ struct Warp {
 
 struct Block {
   const Call& call;
-  int block, fault = kNone;
+  int tile, split, fault = kNone;
   std::vector<Warp> warps;
   std::vector<uint8_t> shared, arrives;  // in which range of its panel each byte does
   uint32_t counts[kBitmapWarps][kLanes];
 
-  Block(const Call& call, int block)
-      : call(call), block(block), warps(static_cast<std::size_t>(call.plan.threads / kLanes)),
+  Block(const Call& call, int tile, int split)
+      : call(call), tile(tile), split(split), warps(static_cast<std::size_t>(call.plan.threads / kLanes)),
         shared(static_cast<std::size_t>(call.plan.shared_bytes)), arrives(shared.size()) {}
 
-  BitmapShare share(int warp) const { return BitmapShare(call.plan, block, warp); }
+  BitmapShare share(int warp) const {
+    return BitmapShare(call.plan, tile, split, warp / call.plan.width, warp % call.plan.width);
+  }
 
   // The slots of a strip's panel: the first and how many.
   void slots_of(const BitmapShare& share, int panel, int& first, int& slots) const {
@@ -79,9 +82,13 @@ struct Block {
     std::fill(arrives.begin(), arrives.end(), 0xFF);
     for (int warp = 0; warp < static_cast<int>(warps.size()); ++warp) {
       const BitmapShare s = share(warp);
-      const int chunk = s.chunk(call.plan, panel), threads = kLanes * call.plan.width;
+      const int chunk = s.chunk(call.plan, panel);
       int first, slots;
       slots_of(s, panel, first, slots);
+      for (int range = 0; call.bulk && s.warp == 0 && range < kBitmapRanges; ++range) {
+        const BitmapRange bytes = range_of(slots, range);
+        for (int at = bytes.begin; at < bytes.end; at += 16) copy(s, first, at, range);
+      }
       for (int lane = 0; lane < kLanes; ++lane) {
         LaneBits& bits = warps[warp].bits[lane] = {};
         if (s.strip < call.plan.strips && chunk < call.plan.chunks)
@@ -89,8 +96,9 @@ struct Block {
                                  (static_cast<int64_t>(s.strip) * call.plan.chunks + chunk) * kBitmapChunkBytes +
                                  16 * lane, 16);
         counts[warp][lane] = stream_counts(bits);
+        if (call.bulk) continue;
         std::vector<int> copied;
-        copy_panel(slots, threads, warp * kLanes + lane - s.group * threads, [&](int at) { copied.push_back(at); },
+        copy_panel(slots, kLanes * call.plan.width, kLanes * s.warp + lane, [&](int at) { copied.push_back(at); },
                    [&](int range) {
                      for (int at : copied) copy(s, first, at, range);
                      copied.clear();
@@ -132,7 +140,7 @@ struct Block {
     std::vector<Streams> streams;
     uint32_t end = 0;
     for (int lane = 0; lane < kLanes; ++lane) {
-      const uint32_t before = counts_before(counts, warp - s.warp, warp, lane);
+      const uint32_t before = counts_before(counts, s.warp_of_block - s.warp, s.warp_of_block, lane);
       streams.emplace_back(static_cast<uint32_t>(s.group * call.plan.group_bytes), lane, before);
       end = greatest(end, last_slot(before + counts[warp][lane]));
     }
@@ -167,10 +175,10 @@ struct Block {
 // y [m, n], which is NaN: the blocks that share a strip out, and what the threads of each of them add and store.
 int linear(const Call& call, double* y) {
   const BitmapPlan& plan = call.plan;
-  for (int tile = 0; tile < plan.blocks / plan.splits; ++tile) {
+  for (int tile = 0; tile < plan.tiles; ++tile) {
     std::vector<std::vector<double>> sums;
     for (int split = 0; split < plan.splits; ++split) {
-      Block block(call, tile * plan.splits + split);
+      Block block(call, tile, split);
       sums.push_back(block.run());
       if (block.fault != kNone) return block.fault;
     }
@@ -201,7 +209,7 @@ extern "C" {
 
 int bitmap_linear(int dtype, const int64_t* numbers, const void* const* tensors, int64_t slots, const int* gpu, int m,
                   const uint16_t* x, double* y) {
-  Call call{shape(numbers), {}, slots, dtype, m, x};
+  Call call{shape(numbers), {}, gpu[2] != 0, slots, dtype, m, x};
   call.w.values = tensors[0];
   call.w.bits = tensors[1];
   call.w.starts = static_cast<const int32_t*>(tensors[2]);
@@ -215,7 +223,7 @@ int bitmap_plan_of(const int64_t* numbers, const int* gpu, int* plan) {
   const BitmapWeight w = shape(numbers);
   if (!bitmap_fits(w)) return kDoesNotFit;
   const BitmapPlan p = bitmap_plan(w, {gpu[0], gpu[1], gpu[2] != 0});
-  const int values[] = {p.strips, p.chunks, p.panels, p.width, p.groups, p.splits, p.blocks, p.threads, p.shared_bytes};
+  const int values[] = {p.strips, p.chunks, p.panels, p.width, p.groups, p.splits, p.tiles, p.threads, p.shared_bytes};
   std::memcpy(plan, values, sizeof values);
   return kNone;
 }

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     width: int
     groups: int
     splits: int
-    blocks: int
+    tiles: int
     threads: int
     shared_bytes: int
 
