@@ -189,3 +189,109 @@ def sparse_delta(indices: Tensor, values: Tensor, shape: Sequence[int]) -> Spars
             f"{tuple(places.flat.shape)} on {places.device}, one for each place"
         )
     return SparseDelta(places, values if order is None else values[order])
+
+
+def from_dense_difference(
+    tuned: Tensor, base: Tensor, *, tolerance: float = 0.0, keep: int | float | None = None
+) -> SparseDelta:
+    """What fine-tuning changed: tuned - base, where that is large enough (makes the whole difference once).
+
+    Args:
+        tuned, base: [out_features, in_features] of floating-point dtypes, on one device.
+        tolerance: differences of this magnitude and less are left out.
+        keep: no more than so many of the largest (an integer), or so large a part of the matrix (a float in [0, 1]).
+
+    Returns:
+        The delta, its values in float32 (float64 where one of both is).
+
+    Raises:
+        TypeError: no floating-point tensors.
+        ValueError: shapes or devices differ, the difference is not finite, or `keep` or `tolerance` is out of range.
+    """
+    where = "from_dense_difference"
+    for name, tensor in (("tuned", tuned), ("base", base)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+            raise TypeError(f"{where}: {name} is no tensor of a floating-point dtype")
+    if tuned.ndim != 2 or tuned.shape != base.shape or tuned.device != base.device:
+        raise ValueError(
+            f"{where}: tuned is {tuple(tuned.shape)} on {tuned.device}, base {tuple(base.shape)} on {base.device}; "
+            "expected two matrices of one shape on one device"
+        )
+    if not tolerance >= 0:
+        raise ValueError(f"{where}: tolerance is {tolerance}; expected 0 or more")
+    wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
+    difference = (tuned.detach().to(wide) - base.detach().to(wide)).flatten()
+    if not bool(difference.isfinite().all()):
+        raise ValueError(f"{where}: tuned - base is not finite")
+    size = difference.abs()
+    flat = (size > tolerance).nonzero().squeeze(1)
+    if keep is not None:
+        most = _count(where, keep, tuned.numel())
+        if flat.numel() > most:
+            flat = flat[size[flat].topk(most).indices].sort().values
+    return sparse_delta(flat, difference[flat], tuned.shape)
+
+
+def _count(where: str, keep: int | float, size: int) -> int:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"{where}: keep is {keep!r}; expected a number")
+    if not 0 <= keep <= (1.0 if isinstance(keep, float) else size):
+        raise ValueError(f"{where}: keep is {keep}; expected an integer in [0, {size}] or a part in [0.0, 1.0]")
+    return round(keep * size) if isinstance(keep, float) else keep
+
+
+def from_shira(shira_weight: Tensor, shira_indices: Tensor, shape: Sequence[int], scaling: float = 1.0) -> SparseDelta:
+    """The delta of a layer of PEFT's SHiRA (peft 0.21.2, tuners/shira/layer.py).
+
+    Args:
+        shira_weight: [nnz], what trains.
+        shira_indices: [2, nnz], rows and columns: `layer.shira_indices[adapter]`. A saved adapter has none: PEFT draws
+            them again from the configuration's random_seed, as `shira_indices` here does.
+        shape: [out_features, in_features] of the layer's weight.
+        scaling: `layer.scaling[adapter]`.
+
+    Raises:
+        TypeError, ValueError: as `sparse_delta`.
+    """
+    values = shira_weight.detach() if scaling == 1.0 else shira_weight.detach() * scaling
+    return sparse_delta(shira_indices.to(shira_weight.device), values, shape)
+
+
+def shira_indices(shape: Sequence[int], r: int, random_seed: int) -> Tensor:
+    """The places that PEFT's `random_mask` (tuners/shira/mask_functions.py) draws: r · (out_features + in_features) of
+    them, int64 [nnz], ascending.
+
+    Args:
+        shape: [out_features, in_features].
+        r: of the adapter's configuration.
+        random_seed: of the adapter's configuration. (Without one PEFT cannot find the places again either.)
+
+    Raises:
+        ValueError: more places than the matrix has.
+    """
+    rows, columns = shape
+    if r * (rows + columns) > rows * columns:
+        raise ValueError(f"shira_indices: r is {r}, for which {rows} x {columns} has too few weights")
+    generator = torch.Generator().manual_seed(random_seed)
+    return torch.randperm(rows * columns, generator=generator)[: r * (rows + columns)].sort().values
+
+
+def carried(numbers: Tensor, old: Positions, new: Positions) -> Tensor:
+    """Numbers that belong to places, after some places were dropped and others added: [new nnz], 0 at those that are
+    new. Waits for nothing.
+
+    Args:
+        numbers: [old nnz] of any dtype.
+        old, new: places of one matrix.
+
+    Raises:
+        ValueError: they are of two shapes, or `numbers` has another length.
+    """
+    if old.shape != new.shape:
+        raise ValueError(f"carried: places of {tuple(old.shape)} and {tuple(new.shape)}; expected of one matrix")
+    if numbers.shape != old.flat.shape:
+        raise ValueError(f"carried: numbers has shape {tuple(numbers.shape)}; expected {tuple(old.flat.shape)}")
+    if old.flat.numel() == 0:
+        return numbers.new_zeros(new.flat.shape)
+    found = torch.searchsorted(old.flat, new.flat).clamp_(max=old.flat.numel() - 1)
+    return torch.where(old.flat[found] == new.flat, numbers[found], 0)

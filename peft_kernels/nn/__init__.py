@@ -15,6 +15,7 @@ from peft_kernels.nn.pruned import replace_pruned
 from peft_kernels.nn.qlora import FusedQLoRALinear
 from peft_kernels.nn.qlora_experts import FusedQLoRAExperts
 from peft_kernels.nn.quantize import quantize_linears
+from peft_kernels.nn.sparse_delta import SparseDeltaLinear
 
 __all__ = [
     "FusedLoRAEmbedding",
@@ -29,6 +30,7 @@ __all__ = [
     "MergeError",
     "MultiLoRALinear",
     "NF4Linear",
+    "SparseDeltaLinear",
     "add_lora",
     "attach_pool",
     "detach_pool",

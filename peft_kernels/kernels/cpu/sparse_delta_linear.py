@@ -24,6 +24,12 @@ def unsupported(problem) -> str | None:
     return _native.why_not("_cpu")
 
 
+def unproven(problem) -> str | None:
+    if problem.nnz * 3 > problem.n * problem.k:
+        return "pieces of W + Δ are faster where more than about a quarter of the weights is chosen"
+    return None
+
+
 def _alone(x: Tensor, weight) -> bool:
     """Whether the product with W is what `_base` computes, and Δ's comes on top."""
     return x.dtype == torch.float32 and not (isinstance(weight, Tensor) and weight.dtype != x.dtype)
