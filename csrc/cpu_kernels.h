@@ -154,8 +154,8 @@ void mask_unpack(int64_t n, int64_t k, MaskWords words, uint8_t* out, int thread
 // out [n, k] = the kept weights, rounded to out's dtype, and 0; out may be the weight. float64 becomes nothing else.
 void mask_apply(int64_t n, int64_t k, Matrix weight, MaskWords words, Matrix out, int threads);
 
-// W [n, k], dense or (dense.data null) NF4, and which weights are kept (words.data null: all). With r > 0 it stands for
-// W + scaling B A, of which the mask then keeps a part.
+// W [n, k], dense or (dense.data null) NF4 or (that null too) zeros, and which weights are kept (words.data null: all).
+// With r > 0 it stands for W + scaling B A, of which the mask then keeps a part.
 struct MaskedOperand {
   int64_t n, k;
   Matrix dense;

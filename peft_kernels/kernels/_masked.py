@@ -69,6 +69,11 @@ def column_pieces(weight: Weight, words: Tensor, clean: bool, dtype: torch.dtype
 
 def masked_grad_weight(grad_y: Tensor, x: Tensor, weight: Tensor, words: Tensor) -> Tensor:
     """(dYᵀ x) ⊙ M in the weight's dtype, rounded once."""
+    if weight.device.type == "cpu" and grad_y.dtype == weight.dtype:
+        # A strip that the cache holds is no temporary, and as a product half as fast as the whole.
+        grad = torch.mm(grad_y.t(), x)
+        torch.ops.peft_kernels.mask_apply_(grad, words)
+        return grad
     grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for start, stop in strips(weight.shape[0], weight.shape[1] * weight.element_size(), weight.device):
         if grad_y.dtype == weight.dtype:

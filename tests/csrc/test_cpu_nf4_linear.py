@@ -171,8 +171,8 @@ def test_no_dense_weight_is_made(cpu, m):
 
 def test_processors_with_matrix_instructions_of_16_bits_leave_many_rows_to_pytorch(cpu, monkeypatch):
     problem = Nf4Problem(33, 64, 64, BF16).dispatched()
-    assert nf4_linear.unproven(problem) is None or nf4_linear._instructions(BF16)
-    monkeypatch.setattr(nf4_linear, "_instructions", lambda dtype: ("amx_bf16",) if dtype == BF16 else ())
+    assert nf4_linear.unproven(problem) is None or nf4_linear.matrix_instructions(BF16)
+    monkeypatch.setattr(nf4_linear, "matrix_instructions", lambda dtype: ("amx_bf16",) if dtype == BF16 else ())
     assert "amx_bf16" in nf4_linear.unproven(problem)
     assert nf4_linear.unproven(problem._replace(m=16)) is None
     assert nf4_linear.unproven(problem._replace(dtype=F16)) is None

@@ -34,15 +34,15 @@ def unsupported(problem) -> str | None:
 
 
 @functools.cache
-def _instructions(dtype: torch.dtype) -> tuple[str, ...]:
+def matrix_instructions(dtype: torch.dtype) -> tuple[str, ...]:
     """The matrix instructions of this processor for a dtype."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return tuple(name for name in _INSTRUCTIONS.get(dtype, ()) if capabilities.get(name))
 
 
 def unproven(problem) -> str | None:
-    if problem.m > 16 and _instructions(problem.dtype):
-        return f"PyTorch's {problem.dtype} matmuls use this processor's {' and '.join(_instructions(problem.dtype))}"
+    if problem.m > 16 and (names := matrix_instructions(problem.dtype)):
+        return f"PyTorch's {problem.dtype} matmuls use this processor's {' and '.join(names)}"
     if problem.m > 256 and problem.dtype == torch.float32:
         return "PyTorch's float32 matmuls on decoded weights are faster above 256 rows"
     return None

@@ -1,0 +1,132 @@
+"""`masked_linear` on a CPU: csrc/masked_linear.cpp, whose operands are masked and made floats in the L2 cache.
+
+@FIGURES@
+"""
+
+from __future__ import annotations
+
+import torch
+
+from peft_kernels import _native
+from peft_kernels.formats.nf4 import NF4Weight
+from peft_kernels.formats.positions import STRIP
+from peft_kernels.kernels import _base
+from peft_kernels.kernels._masked import masked_grad_weight as by_matmul
+from peft_kernels.kernels.composed._passes import sum_rows
+from peft_kernels.kernels.cpu.lora_linear import DTYPES, place
+from peft_kernels.kernels.cpu.nf4_dequantize import arguments, contiguous
+from peft_kernels.kernels.cpu.nf4_linear import matrix_instructions
+from peft_kernels.kernels.cpu.philox_dropout import row_major
+
+NO_UPDATE = (0, 0, 0, 0, 0, 0, 0.0)
+
+
+def unsupported(problem) -> str | None:
+    if problem.device != "cpu":
+        return f"for CPU tensors; x is on {problem.device}"
+    if problem.dtype not in DTYPES or problem.weight_dtype not in (None, *DTYPES):
+        return f"no {problem.dtype} with a weight in {problem.weight_dtype}"
+    return _native.why_not("_cpu")
+
+
+def unproven(problem) -> str | None:
+    if problem.m > 16 and (names := matrix_instructions(problem.dtype)):
+        return f"PyTorch's {problem.dtype} matmuls use this processor's {' and '.join(names)}"
+    return None
+
+
+class Operand:
+    """A weight (None: zeros of the mask's shape) and its mask as csrc takes them, and what keeps their memory alive."""
+
+    def __init__(self, weight, words, clean: bool, columns: int) -> None:
+        self.words = None if clean else row_major(words)
+        dense, nf4 = (0, 0, 0), []
+        self.weight = weight
+        if isinstance(weight, NF4Weight):
+            self.weight = weight = contiguous(weight)
+            nf4 = list(arguments(weight))
+        elif weight is not None:
+            self.weight = weight = row_major(weight)
+            dense = (_native.DTYPES[weight.dtype], *place(weight))
+        self.shape = (words.shape[0], columns)
+        self.arguments = (*self.shape, *dense, nf4, *place(self.words))
+
+
+def operand(weight, words, clean: bool) -> Operand:
+    return Operand(weight, words, clean, weight.shape[1])
+
+
+def is_plain(weight, clean: bool, dtype: torch.dtype) -> bool:
+    """Whether the product is one without a mask, for which there is something faster."""
+    return clean and (isinstance(weight, NF4Weight) or weight.dtype == dtype == torch.float32)
+
+
+def forward(x, weight, words, clean, bias):
+    if is_plain(weight, clean, x.dtype):
+        return _base.linear(x, weight, bias)
+    return product(x, operand(weight, words, clean), NO_UPDATE, bias)
+
+
+def product(x, masked: Operand, update: tuple, bias):
+    """x (W ⊙ M)ᵀ + b; of W + s B A with the update (rank, dtype, A, its row stride, B, its row stride, s)."""
+    x, bias = row_major(x), None if bias is None else bias.contiguous()
+    y = torch.empty(x.shape[0], masked.shape[0], dtype=x.dtype)
+    _native.load("_cpu").masked_linear_forward(
+        x.shape[0], masked.arguments, update, _native.DTYPES[x.dtype], *place(x), place(bias)[0], y.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def grad_product(grad_y, masked: Operand, update: tuple):
+    """dY (W ⊙ M)."""
+    grad_y = row_major(grad_y)
+    grad_x = torch.empty(grad_y.shape[0], masked.shape[1], dtype=grad_y.dtype)
+    _native.load("_cpu").masked_linear_grad_x(
+        grad_y.shape[0], masked.arguments, update, _native.DTYPES[grad_y.dtype], *place(grad_y), grad_x.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x
+
+
+def backward(grad_y, x, weight, words, clean, places, values_dtype, needs):
+    need_x, need_weight, need_bias, need_values = needs
+    return (
+        _grad_x(grad_y, weight, words, clean) if need_x else None,
+        _grad_weight(grad_y, x, weight, words) if need_weight else None,
+        sum_rows(grad_y) if need_bias else None,
+        _grad_values(grad_y, x, places, values_dtype) if need_values else None,
+    )
+
+
+def _grad_x(grad_y, weight, words, clean):
+    if is_plain(weight, clean, grad_y.dtype):
+        return _base.grad_input(grad_y, weight)
+    return grad_product(grad_y, operand(weight, words, clean), NO_UPDATE)
+
+
+def _grad_weight(grad_y, x, weight, words):
+    if grad_y.dtype == weight.dtype == torch.float32:
+        return by_matmul(grad_y, x, weight, words)
+    return masked_grad_weight(grad_y, x, words, torch.empty(weight.shape, dtype=weight.dtype))
+
+
+def masked_grad_weight(grad_y, x, words, out):
+    """out [N, K], contiguous, = (dYᵀ x) ⊙ M, rounded once."""
+    grad_y, x, words = row_major(grad_y), row_major(x), row_major(words)
+    _native.load("_cpu").masked_linear_grad_weight(
+        x.shape[0], *out.shape, _native.DTYPES[x.dtype], *place(grad_y), *place(x), *place(words),
+        _native.DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _grad_values(grad_y, x, places, dtype):
+    grad_y, x, flat, starts = row_major(grad_y), row_major(x), places.flat.contiguous(), places.starts.contiguous()
+    values = torch.empty(flat.shape, dtype=dtype)
+    _native.load("_cpu").masked_linear_grad_values(
+        x.shape[0], *places.shape, _native.DTYPES[x.dtype], *place(grad_y), *place(x), flat.data_ptr(),
+        flat.dtype == torch.int64, starts.data_ptr(), STRIP, _native.DTYPES[dtype], values.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return values
