@@ -124,7 +124,7 @@ class BlockWeight(NamedTuple):
         tiles = self.values.new_zeros(last - first, self.block, self.grid[1], self.block, dtype=dtype)
         rows, columns = structure.block_rows[chosen].long() - first, structure.columns[chosen].long()
         tiles[rows, :, columns] = self.values[chosen].detach().to(tiles.dtype)
-        dense = tiles.view(-1, self.grid[1] * self.block)
+        dense = tiles.view((last - first) * self.block, self.grid[1] * self.block)
         return dense[start - first * self.block :][: stop - start, : self.shape[1]]
 
     def dense_columns(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -137,7 +137,7 @@ class BlockWeight(NamedTuple):
         places = structure.order[chosen].long()
         rows, columns = structure.rows[chosen].long(), structure.columns[places].long() - first
         tiles[rows, :, columns] = self.values[places].detach().to(tiles.dtype)
-        dense = tiles.view(self.grid[0] * self.block, -1)
+        dense = tiles.view(self.grid[0] * self.block, (last - first) * self.block)
         return dense[: self.shape[0], start - first * self.block :][:, : stop - start]
 
     def check(self, where: str) -> None:

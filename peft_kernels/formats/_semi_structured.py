@@ -111,7 +111,7 @@ class SemiStructuredWeight(NamedTuple):
 def _unpacked(places: Tensor, groups: int) -> Tensor:
     """int64 [N, groups, 2]."""
     shifts = torch.tensor([0, 2, 4, 6], device=places.device)
-    return ((places.unsqueeze(-1) >> shifts) & 3).view(places.shape[0], -1, KEPT)[:, :groups].long()
+    return ((places.unsqueeze(-1) >> shifts) & 3).view(places.shape[0], 2 * places.shape[1], KEPT)[:, :groups].long()
 
 
 def _dense(values: Tensor, places: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -147,7 +147,7 @@ def compress_2_4(weight: Tensor, kept: Tensor | None, keep_transpose: bool) -> S
     places = grouped.logical_not().to(torch.uint8).argsort(dim=2, stable=True)[..., :KEPT].sort(dim=2).values
     padded = F.pad(weight, (0, groups * GROUP - k)).view(n, groups, GROUP)
     values = torch.where(grouped, padded, 0).gather(2, places).view(n, groups * KEPT)
-    columns = F.pad(present, (0, 0, 0, -n % GROUP)).view(-1, GROUP, k).sum(1)
+    columns = F.pad(present, (0, 0, 0, -n % GROUP)).view(-(-n // GROUP), GROUP, k).sum(1)
     transposable = keep_transpose and not bool((columns > KEPT).any())
     return SemiStructuredWeight(values, _packed(places), weight.shape, transposable)
 

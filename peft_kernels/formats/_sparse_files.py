@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peft_kernels.formats import _block, _nf4_bitmap, _semi_structured, bitmap
+from peft_kernels.formats.bitmap import BitmapWeight
 from peft_kernels.formats.sparse import SparseWeight, from_numbers
 
 _KEY, _FORMAT = "peft_kernels.sparse", "1"
@@ -82,13 +83,18 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[st
     for key, text in metadata.items():
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
-            weights[name] = _weight(f"{path}: {name}", _entry(f"{path}: {name}", text), _taken(tensors, name))
+            weights[name] = check(f"{path}: {name}", entry_of(f"{path}: {name}", text), _taken(tensors, name))
     if tensors:
         raise ValueError(f"{path}: tensors of no weight: {', '.join(sorted(tensors)[:3])}")
     return {name: weight.to(device) for name, weight in weights.items()}
 
 
-def _entry(where: str, text: str) -> dict[str, Any]:
+def entry_of(where: str, text: str) -> dict[str, Any]:
+    """What the text says of a weight: layout, dtype and numbers.
+
+    Raises:
+        ValueError: it says something else.
+    """
     try:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
@@ -113,33 +119,58 @@ def _taken(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
     return found
 
 
-def _weight(where: str, entry: dict[str, Any], tensors: list[Tensor]) -> SparseWeight:
-    counts, _ = _SIZES[entry["layout"]]
-    if len(tensors) not in counts:
-        raise ValueError(f"{where}: has {len(tensors)} tensors; expected {' or '.join(map(str, counts))}")
-    weight = from_numbers(entry["layout"], tensors, entry["numbers"], _DTYPES[entry["dtype"]])
-    check(where, weight)
-    if entry["numbers"] != weight.numbers or entry["dtype"] != str(weight.dtype):
-        raise ValueError(f"{where}: is of {weight.dtype} with numbers {weight.numbers}; the file says {entry}")
-    return weight
-
-
-def check(where: str, weight: SparseWeight) -> None:
-    """Refuses a weight whose tensors are not what its numbers say (waits for the device).
+def check(where: str, entry: dict[str, Any], tensors: list[Tensor]) -> SparseWeight:
+    """The weight of these tensors, checked in full (waits for the device).
 
     Raises:
         ValueError: says where, what it is and what it should be.
     """
-    if isinstance(weight, bitmap.BitmapWeight):
-        _check_bitmap(where, weight)
-    else:
-        try:
-            weight.check(where)
-        except (TypeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{where}: {error}") from error
+    counts, _ = _SIZES[entry["layout"]]
+    if len(tensors) not in counts:
+        raise ValueError(f"{where}: has {len(tensors)} tensors; expected {' or '.join(map(str, counts))}")
+    try:
+        weight = from_numbers(entry["layout"], tensors, entry["numbers"], _DTYPES[entry["dtype"]])
+        _check_bitmap(where, weight) if isinstance(weight, BitmapWeight) else weight.check(where)
+        numbers = weight.numbers
+    except (TypeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if entry["numbers"] != numbers:
+        raise ValueError(f"{where}: has numbers {numbers}; the file says {entry['numbers']}")
+    return weight
 
 
-def _check_bitmap(where: str, weight: bitmap.BitmapWeight) -> None:
-    """Made again from its dense form and its bits it must be the same: then every index is in range."""
-    if hasattr(bitmap, "check"):
-        bitmap.check(where, weight)
+def _check_bitmap(where: str, weight: BitmapWeight) -> None:
+    """Everything that a kernel takes for granted follows from the bits.
+
+    Raises:
+        ValueError: a tensor contradicts them.
+    """
+    n, k, panels, most_slots, kept = weight.numbers
+    strips, chunks = -(-n // bitmap.STRIP), -(-k // bitmap.CHUNK)
+    slots = weight.values.shape[0]
+    expected = {
+        "values": (weight.values, (slots, bitmap.LANES, bitmap.STREAMS), weight.values.dtype),
+        "bits": (weight.bits, (strips, chunks, bitmap.LANES, bitmap.TILES), torch.uint8),
+        "starts": (weight.starts, (strips * panels + 1,), torch.int32),
+        "order": (weight.order, (strips * bitmap.STRIP,), torch.int32),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{where}: {name} have dtype {tensor.dtype} and shape {tuple(tensor.shape)}; expected {dtype}, {shape}"
+            )
+    if panels != bitmap.panels_of(n, k):
+        raise ValueError(f"{where}: has {panels} panels; expected {bitmap.panels_of(n, k)}")
+    everyone = torch.arange(n, device=weight.device)
+    if not torch.equal(weight.order.sort().values[:n].long(), everyone) or bool((weight.order[n:] != n).any()):
+        raise ValueError(f"{where}: order does not name each of {n} rows once")
+    counted, taken = 0, []
+    for first, last in bitmap._spans(strips, k):
+        bits = bitmap._expand(weight.bits[first:last])
+        counted += int(bits.sum())
+        taken.append(bitmap._stream_places(bits, panels)[1])
+    sizes = torch.cat(taken).flatten() if taken else weight.starts[:0].long()
+    if not torch.equal(weight.starts.long().diff(), sizes) or int(weight.starts[0]) or int(weight.starts[-1]) != slots:
+        raise ValueError(f"{where}: starts are not what the bits say")
+    if (counted, int(sizes.max()) if sizes.numel() else 0) != (kept, most_slots):
+        raise ValueError(f"{where}: {kept} kept weights and {most_slots} slots contradict the bits")

@@ -15,6 +15,7 @@ from peft_kernels.nn.pruned import replace_pruned
 from peft_kernels.nn.qlora import FusedQLoRALinear
 from peft_kernels.nn.qlora_experts import FusedQLoRAExperts
 from peft_kernels.nn.quantize import quantize_linears
+from peft_kernels.nn.sparse import SparseLinear
 from peft_kernels.nn.sparse_delta import SparseDeltaLinear
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MultiLoRALinear",
     "NF4Linear",
     "SparseDeltaLinear",
+    "SparseLinear",
     "add_lora",
     "attach_pool",
     "detach_pool",

@@ -27,7 +27,7 @@ def drawn_blocks(n: int, k: int, block: int, density: float, seed: int) -> Tenso
 def two_of_four(n: int, k: int, seed: int) -> Tensor:
     """bool [n, k], at most two of every four neighbours in a row."""
     scores = torch.rand(n, -(-k // 4), 4, generator=torch.Generator().manual_seed(seed))
-    return (scores.argsort(2).argsort(2) < 2).view(n, -1)[:, :k]
+    return (scores.argsort(2).argsort(2) < 2).flatten(1)[:, :k]
 
 
 @dataclass
