@@ -41,7 +41,8 @@ def test_the_same_bits_at_any_number_of_threads(width):
         finally:
             torch.set_num_threads(before)
         for name, value in results[0].items():
-            assert name == "values.0" or value.any(), name  # the first of several has no places
+            # Of several the first has no places and the last no rows.
+            assert name in ("values.0", "values.2") or value.any(), name
             assert all(torch.equal(other[name], value) for other in results[1:]), name
 
 
