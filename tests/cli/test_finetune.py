@@ -233,6 +233,34 @@ def test_qlora_trains_beside_lora_and_agrees_with_peft(tmp_path, encoder, pairs,
     assert config["peft_type"] == "LORA"
 
 
+def test_pruned_keeps_its_zeros_beside_lora_over_the_dense_weights(tmp_path, encoder, pairs, capsys):
+    from peft_kernels.formats import sparse
+
+    arguments = ["--model", encoder, "--data", pairs, "--method", "pruned", "--compare"]
+    code, figures = finetune(tmp_path, *arguments, "--sparsity", 0.75, steps=20)
+    assert code == 0
+    check_schema(figures, ("recall",), 20)
+    check_schema(figures["lora"], ("recall",), 20)
+    assert figures["losses"][-1] < 0.9 * figures["losses"][0]
+    assert figures["losses"][0] != figures["lora"]["losses"][0]
+    assert figures["losses"][0] == pytest.approx(figures["peft"]["losses"][0], rel=1e-4)  # the same pruned weights
+    assert figures["relative_loss_difference"] > 1e-3  # whose updates PEFT lets fill the zeros
+    facts, file = figures["pruned"], tmp_path / "out" / "pruned.safetensors"
+    assert facts["sparsity"] == 0.75
+    assert facts["sparsity_after_merge"] == pytest.approx(0.75, abs=1e-3)
+    assert facts["pruned_file_bytes"] == file.stat().st_size
+    weights = sparse.load(file)
+    assert len(weights) == 2 * 6 + 1
+    assert sum(weight.dense().count_nonzero() for weight in weights.values()) == round(
+        facts["pruned_weights"] * (1 - facts["sparsity_after_merge"])
+    )
+    assert facts["dense_bytes"] == 4 * facts["pruned_weights"]
+    shown = capsys.readouterr().out
+    assert "masked LoRA" in shown
+    assert "After merging 75.00 % of" in shown
+    assert (tmp_path / "out" / "training.png").read_bytes().startswith(PNG)
+
+
 def test_double_quantisation_can_be_left_out(tmp_path, encoder, pairs, monkeypatch):
     built = []
     build = job.build_lanes

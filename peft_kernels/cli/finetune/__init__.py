@@ -39,11 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(training, "--lr", positive_float, 1e-3, "learning rate")
     training.add_argument(
         "--method",
-        choices=("lora", "dora", "qlora"),
+        choices=("lora", "dora", "qlora", "pruned"),
         default="lora",
-        help="kind of adapters; qlora keeps the weights under them in 4 bits, and trains LoRA over the dense weights "
-        "beside to show what that changes (default: %(default)s)",
+        help="kind of adapters; qlora keeps the weights under them in 4 bits, pruned sets the smallest of them to 0 "
+        "and keeps the updates inside of what is left; both train LoRA over the dense weights beside to show what that "
+        "changes (default: %(default)s)",
     )
+    _add(training, "--sparsity", probability, 0.5, "pruned: share of each layer's weights that goes")
     training.add_argument(
         "--double-quant",
         action=argparse.BooleanOptionalAction,

@@ -19,10 +19,14 @@ from peft_kernels.cli.finetune.data import EMBEDDING, Split, load_examples
 from peft_kernels.cli.finetune.embedding import EmbeddingTask
 from peft_kernels.cli.finetune.model import add_peft_beside, choose_targets, copy_adapters, load_model
 from peft_kernels.cli.finetune.plot import save_plot
+from peft_kernels.cli.finetune.pruned import prune, save_merged, summary
 from peft_kernels.cli.finetune.training import Lane, draw_batches, train
+from peft_kernels.formats.peft_adapter import WEIGHTS
 
-METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA"}
-ADAPTER, PLOT = "adapter", "training.png"
+METHODS = {"lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "pruned": "masked LoRA"}
+# Methods that change the weights under the adapters: LoRA over the dense ones is trained beside.
+CHANGED_BASE = ("qlora", "pruned")
+ADAPTER, PLOT, PRUNED = "adapter", "training.png", "pruned.safetensors"
 
 
 def run_job(options: argparse.Namespace) -> int:
@@ -38,6 +42,8 @@ def run_job(options: argparse.Namespace) -> int:
     finished = _train_with_bar(options, lanes, data)
     figures = _save(options, lanes, data, output)
     report.print_table(figures, lanes)
+    if "pruned" in figures:
+        print(summary(figures["pruned"], output / PRUNED))
     print(f"Adapter in {output / ADAPTER} (PEFT's format), plot in {output / PLOT}")
     if not finished:
         print("Interrupted: the figures are those up to here.", file=sys.stderr)
@@ -77,8 +83,8 @@ def _prepare_output(folder: str, json_file: str | None) -> Path:
 
 
 def build_lanes(options: argparse.Namespace, device: torch.device) -> list[Lane]:
-    """Our model; for QLoRA also one with LoRA over the dense weights; with --compare PEFT's. All start with equal
-    adapters, each has its optimizer."""
+    """Our model; where its base is changed also one with LoRA over the dense weights; with --compare PEFT's, over the
+    changed base. All start with equal adapters, each has its optimizer."""
     model, tokenizer = load_model(options.model, options.task, getattr(torch, options.dtype), device)
     targets = choose_targets(model, options.target_modules)
     task_class = EmbeddingTask if options.task == EMBEDDING else CausalLMTask
@@ -92,18 +98,21 @@ def build_lanes(options: argparse.Namespace, device: torch.device) -> list[Lane]
         "use_dora": options.method == "dora",
     }
     qlora = {"double_quant": options.double_quant} if options.method == "qlora" else None
-    models = [("peft_kernels", "QLoRA" if qlora else "peft_kernels", model)]
+    dense = copy.deepcopy(model) if options.method in CHANGED_BASE else None
+    base: dict[str, Any] = {"base_quantization": "nf4", **qlora} if qlora is not None else {}
+    if options.method == "pruned":
+        base["masks"] = prune(model, targets, options.sparsity)
+    models = [("peft_kernels", METHODS[options.method] if dense is not None else "peft_kernels", model)]
     if options.compare:
         models.append(("peft", "PEFT", add_peft_beside(model, settings, qlora)))
-    if qlora is not None:
-        models.append(("lora", "LoRA", copy.deepcopy(model)))
+    if dense is not None:
+        models.append(("lora", "LoRA", dense))
     for key, _, beside in models:
         torch.manual_seed(options.seed)
         if key == "peft":
             copy_adapters(model, beside)
         else:
-            in_4_bits = {"base_quantization": "nf4", **qlora} if qlora is not None and beside is model else {}
-            peft_kernels.add_lora(beside, **settings, **in_4_bits)
+            peft_kernels.add_lora(beside, **settings, **(base if beside is model else {}))
     return [Lane.of(key, name, beside, task, options.optim, options.lr) for key, name, beside in models]
 
 
@@ -153,6 +162,9 @@ def _save(options: argparse.Namespace, lanes: Sequence[Lane], data: Split, outpu
         "threads": torch.get_num_threads(),
         "seed": options.seed,
     }
+    if options.method == "pruned":
+        adapter = output / ADAPTER / WEIGHTS
+        facts["pruned"] = {"sparsity": options.sparsity} | save_merged(ours.model, output / PRUNED, adapter)
     figures = report.build(lanes, backends, facts)
     config: Any = ours.model.config
     title = f"{config.model_type}, {METHODS[options.method]} r={options.r}: {data.source}"

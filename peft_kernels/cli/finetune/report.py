@@ -8,11 +8,13 @@ import statistics
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import peft_kernels
+from peft_kernels import MaskedLoRALinear
 from peft_kernels.cli.finetune import memory
 from peft_kernels.cli.finetune.model import fused_layers
 from peft_kernels.cli.finetune.training import Lane, relative_differences
@@ -32,12 +34,18 @@ def backends_used(model: nn.Module, rows: int) -> str:
     names: dict[str, None] = {}
     for layer in fused_layers(model).values():
         weight = layer.weight
-        op = "nf4_lora_linear" if isinstance(weight, NF4Weight) else "lora_linear"
         x = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(rows, layer.in_features)
-        choice = peft_kernels.explain(
-            op, x, weight, layer.lora_A, layer.lora_B,
-            scaling=layer.scaling, bias=layer.bias, dropout_p=layer.lora_dropout, training=True,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "scaling": layer.scaling, "bias": layer.bias, "dropout_p": layer.lora_dropout, "training": True,
+        }  # fmt: skip
+        if isinstance(layer, MaskedLoRALinear):
+            options |= {"update_masked": layer.update_masked, "weight_is_masked": True}
+            choice = peft_kernels.explain(
+                "masked_lora_linear", x, weight, layer.mask, layer.lora_A, layer.lora_B, **options
+            )
+        else:
+            op = "nf4_lora_linear" if isinstance(weight, NF4Weight) else "lora_linear"
+            choice = peft_kernels.explain(op, x, weight, layer.lora_A, layer.lora_B, **options)
         names[choice.backend] = None
     return ", ".join(names)
 
