@@ -113,6 +113,7 @@ void masked_linear_grad_x(int64_t m, const MaskedOperand& w, Matrix grad_y, Matr
 
 void masked_linear_grad_weight(int64_t m, int64_t n, int64_t k, Matrix grad_y, Matrix x, MaskWords words,
                                Matrix grad_weight, int threads) {
+  advise_huge_pages(grad_weight.data, n * k * element_size(grad_weight.dtype));
   run({kMaskedGradWeight, n, k, m, grad_y, nullptr, x, {}, grad_weight, words, nullptr}, threads);
 }
 

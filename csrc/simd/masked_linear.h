@@ -201,10 +201,12 @@ inline void gather(const MaskedPlaces& places, int64_t row, int64_t k, int64_t c
   const int64_t strip = row / places.strip, first = row * k + column;
   const Index* end = flat + places.starts[strip + 1];
   const Index* begin = std::lower_bound(flat + places.starts[strip], end, static_cast<Index>(first));
+  alignas(64) float some[kMaskedColumns];
+  int64_t count = 0;
+  for (; begin + count < end && begin[count] < first + columns; ++count) some[count] = sums[begin[count] - first];
   with_type(places.dtype, [&](auto type) {
     auto* values = static_cast<typename decltype(type)::Storage*>(places.values);
-    for (const Index* place = begin; place < end && *place < first + columns; ++place)
-      store_row<decltype(type)>(sums + (*place - first), 1, 1.0f, values + (place - flat));
+    store_row<decltype(type)>(some, count, 1.0f, values + (begin - flat));
   });
 }
 
