@@ -45,8 +45,12 @@ bench: setup
 	-$(BIN)/python -m benchmarks.block_memory --json "$(RESULTS)/block_memory.json"
 	-$(BIN)/python -m benchmarks.nf4_time --json "$(RESULTS)/nf4_time.json"
 	-$(BIN)/python -m benchmarks.multi_time --json "$(RESULTS)/multi_time.json"
+	-$(BIN)/python -m benchmarks.masked_time --json "$(RESULTS)/masked_time.json"
+	-$(BIN)/python -m benchmarks.block_sparse_time --json "$(RESULTS)/block_sparse_time.json"
+	-$(BIN)/python -m benchmarks.delta_time --json "$(RESULTS)/delta_time.json"
 	$(BIN)/python -m benchmarks.report "$(RESULTS)"/bench_*.json
 	$(BIN)/python -m benchmarks.charts "$(RESULTS)/bench_sweep.json"
+	$(BIN)/python -m benchmarks.density_charts --results "$(RESULTS)"
 
 # Takes the python on the PATH with whatever it has and installs nothing: a GPU machine may have no network.
 gpu:
