@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "buffer.h"
 #include "cpu_kernels.h"
 #include "numeric.h"
 
@@ -83,10 +84,13 @@ void linear_grad_values(int64_t m, int64_t n, int64_t k, int dtype, uintptr_t gr
       threads);
 }
 
+void advise(uintptr_t data, int64_t bytes) { advise_huge_pages(pointer<void>(data), bytes); }
+
 }  // namespace
 
 void bind_mask(py::module_& m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("advise_huge_pages", &advise);
   m.def("mask_pack", &pack, unlocked);
   m.def("mask_unpack", &unpack, unlocked);
   m.def("mask_apply", &apply, unlocked);

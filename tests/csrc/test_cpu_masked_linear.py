@@ -13,8 +13,7 @@ from peft_kernels.formats.positions import positions
 from peft_kernels.kernels.cpu import masked_linear, masked_lora_linear
 from peft_kernels.kernels.reference import mask_apply, mask_unpack
 from peft_kernels.kernels.reference import masked_linear as specification
-from tests.allocations import peak_bytes
-from tests.csrc.test_cpu_nf4_linear import forget_peak, memory_of_process
+from tests.allocations import forget_peak, memory_of_process, peak_bytes
 from tests.helpers import assert_within_rounding
 from tests.problems import MaskedLoraProblem, MaskedProblem
 from tests.problems.masked import drawn_mask

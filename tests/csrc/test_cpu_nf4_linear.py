@@ -3,8 +3,6 @@ directions, and bits that depend on nothing but the inputs. The grid of shapes i
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from peft_kernels import _native, use_backend
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels.cpu import nf4_linear, nf4_lora_linear
 from peft_kernels.kernels.reference import nf4_dequantize as decoded
-from tests.allocations import peak_bytes
+from tests.allocations import forget_peak, memory_of_process, peak_bytes
 from tests.helpers import assert_within_rounding
 from tests.problems import Nf4Problem
 from tests.problems.nf4 import PARTS, part_of
@@ -133,19 +131,6 @@ def test_nothing_to_sum_or_to_give(cpu, m, n, k):
     assert y.shape == (m, n)
     assert k > 0 or torch.equal(y, bias.expand(m, n))
     assert torch.equal(grad_x, torch.zeros(m, k))
-
-
-def memory_of_process(name: str) -> int:
-    """Bytes: "VmRSS", what the process takes now, or "VmHWM", the most since `forget_peak`."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) << 10
-
-
-def forget_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        pytest.skip(f"the peak of the process's memory cannot be reset: {error}")
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])

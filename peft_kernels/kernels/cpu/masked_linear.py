@@ -11,8 +11,8 @@ from peft_kernels import _native
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.formats.positions import STRIP
 from peft_kernels.kernels import _base
-from peft_kernels.kernels._masked import masked_grad_weight as by_matmul
 from peft_kernels.kernels.composed._passes import sum_rows
+from peft_kernels.kernels.cpu import mask_apply
 from peft_kernels.kernels.cpu.lora_linear import DTYPES, place
 from peft_kernels.kernels.cpu.nf4_dequantize import arguments, contiguous
 from peft_kernels.kernels.cpu.nf4_linear import matrix_instructions
@@ -106,9 +106,13 @@ def _grad_x(grad_y, weight, words, clean):
 
 
 def _grad_weight(grad_y, x, weight, words):
-    if grad_y.dtype == weight.dtype == torch.float32:
-        return by_matmul(grad_y, x, weight, words)
-    return masked_grad_weight(grad_y, x, words, torch.empty(weight.shape, dtype=weight.dtype))
+    out = torch.empty(weight.shape, dtype=weight.dtype)
+    if not grad_y.dtype == weight.dtype == torch.float32:
+        return masked_grad_weight(grad_y, x, words, out)
+    _native.load("_cpu").advise_huge_pages(out.data_ptr(), out.nbytes)
+    torch.mm(grad_y.t(), x, out=out)
+    mask_apply.forward_(out, words)
+    return out
 
 
 def masked_grad_weight(grad_y, x, words, out):

@@ -92,12 +92,12 @@ def _grad_factors(grad_y, x, words, lora_A, lora_B, scaling, dropout_p, seed):
     """(dA, dB) = (s Bᵀ G, s G Aᵀ) with G = (dYᵀ drop(x)) ⊙ M, one strip of columns of G at a time, in float32."""
     (n, k), blocks = (lora_B.shape[0], lora_A.shape[1]), list(row_blocks(*x.shape))
     a, b = lora_A.float(), lora_B.float()
-    grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
+    grad_a, grad_b, scratch = torch.zeros_like(a), torch.zeros_like(b), torch.empty(0)
     for block in blocks:
         dropped = drop(x[block], dropout_p, seed, block.start)
         for start, stop in strips(k, n * 4, x.device):
             some = words[:, start // WORD_BITS : -(-stop // WORD_BITS)]
-            update = torch.empty(n, stop - start)
+            update = scratch.resize_(n, stop - start)
             masked_grad_weight(grad_y[block], dropped[:, start:stop], some, update)
             grad_a[:, start:stop].addmm_(b.t(), update, alpha=scaling)
             grad_b.addmm_(update, a[:, start:stop].t(), alpha=scaling)
