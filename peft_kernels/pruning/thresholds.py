@@ -201,7 +201,7 @@ def _nan_key(integer: torch.dtype) -> int:
 def _histogram(digits: Tensor, bins: int) -> Tensor:
     """int64 [bins]: how often each number of [0, bins) occurs; others, above `bins`, are not counted."""
     flat = digits.flatten()
-    if flat.is_cuda:  # torch.bincount would wait for the largest digit; over integers histc is deterministic
+    if flat.device.type != "cpu":  # bincount would wait for the largest digit; over integers histc is deterministic
         return torch.histc(flat, bins, 0, bins).to(torch.int64)
     return torch.bincount(flat, minlength=bins)[:bins]
 

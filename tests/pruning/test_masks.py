@@ -78,6 +78,8 @@ def test_which_layers_are_pruned():
     kept = magnitude_masks(net, 0.5, "layer", targets=["q"])["q"].unpack()
     assert int(kept.sum()) == 1024
     assert dense[kept].min() >= dense[~kept].max()
+    net.get_output_embeddings = lambda: net["b"]  # as models of transformers do
+    assert list(magnitude_masks(net, 0.5)) == ["a", "q"]
     with pytest.raises(ValueError, match="no linear layer named tied, nothing to prune"):
         magnitude_masks(net, 0.5, targets=["a", "tied", "nothing"])
     with pytest.raises(TypeError, match="expected a list of names"):
