@@ -7,6 +7,7 @@ import torch
 from peft_kernels import _native
 from peft_kernels.kernels.composed._passes import sum_rows
 from peft_kernels.kernels.cpu.lora_linear import place
+from peft_kernels.kernels.cpu.nf4_linear import matrix_instructions
 from peft_kernels.kernels.cpu.philox_dropout import row_major
 
 
@@ -20,6 +21,12 @@ def unsupported(problem) -> str | None:
     if problem.weight_dtype != problem.dtype:
         return f"multiplies {problem.dtype} with a weight of the same dtype, not of {problem.weight_dtype}"
     return _native.why_not("_cpu")
+
+
+def unproven(problem) -> str | None:
+    if problem.m > 16 and (names := matrix_instructions(problem.dtype)):
+        return f"PyTorch's {problem.dtype} matmuls use this processor's {' and '.join(names)}"
+    return None
 
 
 def _arguments(weight) -> tuple:
