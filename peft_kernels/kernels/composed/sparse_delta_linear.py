@@ -116,14 +116,15 @@ def forward(x, weight, deltas, ids, bias):
     return y
 
 
-def backward(grad_y, x, weight, deltas, ids, needs):
+def backward(grad_y, x, weight, deltas, ids, needs, gather=grad_at):
+    """`gather` is what gives (dYᵀ x) at places."""
     need_x, need_weight, need_bias, need_values = needs
     found = parts(ids, deltas)
     return (
         grad_input(grad_y, weight, deltas, ids, found) if need_x else None,
         grad_weight(grad_y, x, weight) if need_weight else None,
         sum_rows(grad_y) if need_bias else None,
-        _grad_values(grad_y, x, deltas, found, need_values),
+        _grad_values(grad_y, x, deltas, found, need_values, gather),
     )
 
 
@@ -148,11 +149,11 @@ def grad_weight(grad_y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return grad
 
 
-def _grad_values(grad_y, x, deltas, found, need_values):
+def _grad_values(grad_y, x, deltas, found, need_values, gather):
     grads: list[Tensor | None] = [torch.zeros_like(d.values) if need else None for d, need in zip(
         deltas, need_values, strict=True)]  # fmt: skip
     for part in found:
         if part.delta is not None and need_values[part.number]:
             places: Positions = part.delta.positions
-            grads[part.number] = grad_at(grad_y[part.rows], x[part.rows], places, part.delta.values.dtype)
+            grads[part.number] = gather(grad_y[part.rows], x[part.rows], places, part.delta.values.dtype)
     return grads
