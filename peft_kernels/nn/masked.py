@@ -103,12 +103,10 @@ class MaskedLinear(Masked):
         if grad_layout == "compact":
             self.weight = mask_apply(weight, mask)
             self._put_values(mask, weight.requires_grad)
-        elif clean:
+        elif clean or quantised:
             self.weight = weight
-        elif not quantised:
-            self.weight = nn.Parameter(mask_apply(weight, mask), requires_grad=weight.requires_grad)
         else:
-            self.weight = weight
+            self.weight = nn.Parameter(mask_apply(weight, mask), requires_grad=weight.requires_grad)
         if grad_layout == "dense":
             self.register_parameter("values", None)
         self.register_parameter("bias", bias)
@@ -323,7 +321,8 @@ class MaskedLinear(Masked):
     def _mask_loaded(self) -> None:
         if self.grad_layout == "compact":
             self._places = self.mask.positions()
-            self.enforce_()
+            self.weight.zero_()
+            self._seen = None  # the next forward fills it, for which values that are sharded are whole
         elif isinstance(self.weight, NF4Weight):
             self.weight_is_masked = is_masked(self.weight, self.mask)
         elif not self.weight.is_meta and not hasattr(self.weight, "full_tensor"):
