@@ -1,0 +1,83 @@
+"""The benchmarks of pruned weights: no speed for a wrong result, bars that are met or told, charts of the files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import block_sparse_time, compare, delta_time, density_charts, masked_time
+
+RATIO = compare.Ratio._fields
+
+
+def test_blocks_agree_with_float64_before_they_are_timed(monkeypatch):
+    problem = block_sparse_time.Problem(6, 64, 96, 32, 0.5)
+    problem.check()
+    shapes = {pair.against: pair.theirs().shape for pair in problem.pairs() if pair.step == "forward"}
+    assert set(shapes.values()) == {torch.Size((6, 64))}
+    for pair in problem.pairs():
+        if pair.step == "training":
+            ours, theirs = pair.ours(), pair.theirs()
+            torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-4)
+            blocks = theirs[1][problem.mask.bool()]
+            torch.testing.assert_close(ours[1].sum(), blocks.sum(), rtol=1e-3, atol=1e-3)
+    correct = block_sparse_time.functional.sparse_linear
+    monkeypatch.setattr(block_sparse_time.functional, "sparse_linear", lambda *t: correct(*t) * 1.001)
+    with pytest.raises(AssertionError, match=r"density 0\.5"):
+        problem.check()
+
+
+def test_chosen_weights_agree_with_peft_before_they_are_timed(monkeypatch):
+    pytest.importorskip("peft")
+    layers = delta_time.Layers(delta_time.Sizes(9, 40, 56), 1)
+    layers.check()
+    with torch.no_grad():
+        layers.their_values[0] += 0.1
+    with pytest.raises(AssertionError, match="y: PEFT's error"):
+        layers.check()
+    layers.their_values.data.copy_(layers.ours.values)
+    correct = delta_time.SparseDeltaLinear.forward
+    monkeypatch.setattr(delta_time.SparseDeltaLinear, "forward", lambda layer, x: correct(layer, x) * 1.001)
+    with pytest.raises(AssertionError, match="y: error"):
+        layers.check()
+
+
+def test_masked_layers_agree_with_what_users_write(monkeypatch):
+    monkeypatch.setattr(masked_time, "N", 40)
+    monkeypatch.setattr(masked_time, "K", 72)
+    made = masked_time.pairs(masked_time.Problem(9, torch.float32))
+    for pair in made:
+        masked_time.check(pair)
+    assert {pair.against for pair in made if pair.bar} == {"torch.nn.utils.prune"}
+    wrong = made[0]._replace(ours=lambda: [made[0].ours()[0] * 1.001])
+    with pytest.raises(AssertionError, match="forward against"):
+        masked_time.check(wrong)
+
+
+@pytest.mark.parametrize(("ratio", "extra", "missed"), [(1.2, 0.05, False), (1.0, 0.05, True), (1.2, 0.2, True)])
+def test_a_missed_bar_is_told(ratio, extra, missed):
+    record = {"dtype": "float32", "bar": 1.08, "our_extra": extra, **dict.fromkeys(RATIO, ratio)}
+    assert masked_time.misses(record) == missed
+
+
+def test_density_charts_show_what_was_measured(tmp_path):
+    """Another way's time over the base is the quotient of its ratio to ours and of the base's."""
+    times = {"dense": 2.0, "mask": 3.0}
+    records = [
+        {"density": density, "step": step, "against": against, "ratio": r * density, "low": r * density - 0.1,
+         "high": r * density + 0.1}
+        for density in (0.1, 0.5) for step in ("forward", "training") for against, r in times.items()
+    ]  # fmt: skip
+    lines = density_charts.relative_to("dense", [record for record in records if record["step"] == "forward"])
+    assert [(density, round(time, 3)) for density, time, *_ in lines["mask"]] == [(0.1, 1.5), (0.5, 1.5)]
+    assert [(density, round(time, 3)) for density, time, *_ in lines["peft_kernels"]] == [(0.1, 5.0), (0.5, 1.0)]
+    told = {"sizes": {"m": 6, "n": 64, "k": 96}, "block": 32, "threads": 2, "records": records}
+    (tmp_path / "block_sparse_time.json").write_text(json.dumps(told))
+    arguments = ["--results", str(tmp_path), "--output", str(tmp_path / "images")]
+    assert density_charts.main(arguments) == 1  # a file is missing
+    deltas = [{**record, "against": "two matmuls"} for record in records if record["step"] == "forward"]
+    (tmp_path / "delta_time.json").write_text(json.dumps(deltas))
+    assert density_charts.main(arguments) == 0
+    assert (tmp_path / "images" / f"density-{tmp_path.name}.png").stat().st_size > 10_000
