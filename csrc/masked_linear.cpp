@@ -90,7 +90,7 @@ struct Updated {
   Updated(const MaskedOperand& w) {
     weight.dense = w.dense, weight.nf4 = w.nf4, weight.words = w.words;
     if (w.r == 0) return;
-    const int64_t stride = whole(w.k, 32), ranks = whole(w.r, 32);
+    const int64_t stride = whole(w.k, 32) + 16, ranks = whole(w.r, 32);  // A: rows share no sets of the cache
     A = allocate<float>(w.r * stride), B = allocate<float>(w.n * ranks);
     PEFT_KERNELS_DISPATCH(update_floats, w.lora_A, w.r, w.k, 1.0f, A.get(), stride);
     PEFT_KERNELS_DISPATCH(update_floats, w.lora_B, w.n, w.r, static_cast<float>(w.scaling), B.get(), ranks);
@@ -113,7 +113,6 @@ void masked_linear_grad_x(int64_t m, const MaskedOperand& w, Matrix grad_y, Matr
 
 void masked_linear_grad_weight(int64_t m, int64_t n, int64_t k, Matrix grad_y, Matrix x, MaskWords words,
                                Matrix grad_weight, int threads) {
-  advise_huge_pages(grad_weight.data, n * k * element_size(grad_weight.dtype));
   run({kMaskedGradWeight, n, k, m, grad_y, nullptr, x, {}, grad_weight, words, nullptr}, threads);
 }
 

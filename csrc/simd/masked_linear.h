@@ -256,7 +256,7 @@ inline void masked_block(const MaskedProduct& job, int64_t row, int64_t rows, in
   put_sums(job, row, rows, column, columns, sums);
 }
 
-// target [rows, stride] = the matrix as floats times `scale`, zeros beyond its columns; whole words of them.
+// target [rows, stride] = the matrix as floats times `scale`, in whole words with zeros beyond its columns.
 inline void update_floats(const Matrix& matrix, int64_t rows, int64_t columns, float scale, float* target,
                           int64_t stride) {
   with_type(matrix.dtype, [&](auto type) {

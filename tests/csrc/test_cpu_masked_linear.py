@@ -72,12 +72,12 @@ def test_gradients_are_exactly_zero_outside_the_mask(width, density):
 @pytest.mark.parametrize("weight_dtype", [F32, BF16, F16], ids=str)
 @DTYPES
 def test_a_weight_of_another_dtype_is_rounded_once(width, dtype, weight_dtype):
-    """A product with a row of the unit matrix is a weight, exactly."""
+    """To the dtype of x, before the product: three times a weight is three times what was rounded."""
     _, weight, _, words = case(1, 40, 70, weight_dtype)
-    columns = masked_linear.forward(torch.eye(70, dtype=dtype), weight, words, False, None).t()
+    columns = masked_linear.forward(3 * torch.eye(70, dtype=dtype), weight, words, False, None).t()
     operand = masked_linear.operand(weight, words, False)
-    lines = masked_linear.grad_product(torch.eye(40, dtype=dtype), operand, masked_linear.NO_UPDATE)
-    expected = mask_apply.forward(weight, words, dtype)
+    lines = masked_linear.grad_product(3 * torch.eye(40, dtype=dtype), operand, masked_linear.NO_UPDATE)
+    expected = (3 * mask_apply.forward(weight, words, dtype).float()).to(dtype)
     assert torch.equal(columns, expected)
     assert torch.equal(lines, expected)
 
