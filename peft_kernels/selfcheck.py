@@ -280,6 +280,15 @@ def _masked_lora_linear_cases(draw: Draw) -> Iterator[Case]:
         yield problems.masked_lora_linear(shape, draw, update_masked=False)
 
 
+def _sparse_linear_cases(draw: Draw) -> Iterator[Case]:
+    """Every layout, and of bits and nonzeros few rows, which have a kernel of their own. Of few columns the ratio of
+    two errors, both no more than the rounding of the result, is a matter of luck."""
+    for shape, layout in zip(_LAYERS, ("block", "block", "bitmap", "2:4", "block"), strict=True):
+        yield problems.sparse_linear(replace(shape, k=4 * shape.k + 36), draw, layout)
+    for shape in (_LAYERS[0], Shape((5,), 515, 264, 1, _BF16), Shape((1,), 2051, 200, 1, _F16)):
+        yield problems.sparse_linear(shape, draw, "bitmap", 0.5)
+
+
 CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "lora_linear": _of_shapes(problems.lora_linear, _LAYERS),
     "lora_linear_group": _of_shapes(problems.lora_linear_group, _LAYERS),
@@ -300,6 +309,8 @@ CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {
     "mask_apply": _of_shapes(problems.mask_apply, _LAYERS),
     "masked_linear": _masked_linear_cases,
     "masked_lora_linear": _masked_lora_linear_cases,
+    "sparse_linear": _sparse_linear_cases,
+    "sparse_delta_linear": _of_shapes(problems.sparse_delta_linear, _LAYERS),
     "multi_mask_linear": _of_shapes(problems.multi_mask_linear, _MULTI),
     "philox_dropout": _of_shapes(problems.philox_dropout, _TENSORS),
     "splitk_reduce": _splitk_reduce_cases,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peft_kernels.problems.base import SCALING, SEED, Case, Draw, Shape, dropped, nested, short
+from peft_kernels.problems.compressed import sparse_delta_linear, sparse_linear
 from peft_kernels.problems.linear import (
     ACTIVATIONS,
     dora_linear,
@@ -83,6 +84,8 @@ __all__ = [
     "nf4_weight",
     "philox_dropout",
     "short",
+    "sparse_delta_linear",
+    "sparse_linear",
     "splitk_reduce",
 ]
 
@@ -102,4 +105,5 @@ BUILDERS: dict[str, Callable[[Shape, Draw], Case]] = {
     "masked_lora_linear": masked_lora_linear,
     "multi_mask_linear": multi_mask_linear,
     "philox_dropout": philox_dropout,
+    "sparse_delta_linear": sparse_delta_linear,
 }
