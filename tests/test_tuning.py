@@ -28,7 +28,7 @@ PROBLEM = Problem("cuda", 0, BF16, F32, 8192, 4096, 4096, 16, True)
 # Kernels beside another that serves every problem: no rule may hold.
 OPTIONAL = (
     "grad_s_b", "extended_gemm_tma", "extended_gemm_persistent", "single_pass", "product_tma", "group_grad_s_b",
-    "extended_gemm_specialized", "expert_gemm_tma",
+    "extended_gemm_specialized", "expert_gemm_tma", "masked_gemm_tma", "masked_grad_x_tma",
 )  # fmt: skip
 
 

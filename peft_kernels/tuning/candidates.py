@@ -140,7 +140,9 @@ SPACES: dict[str, Space] = {
     "multi_decode": _MULTI_DECODE,
     "mask_passes": Space((("block", (2048, 4096, 8192)), ("block_k", (128, 256, 512)), _WARPS)),
     "masked_gemm": _MASKED_GEMM,
+    "masked_gemm_tma": replace(_MASKED_GEMM, optional=True),
     "masked_grad_x": _MASKED_GEMM,
+    "masked_grad_x_tma": replace(_MASKED_GEMM, optional=True),
     "masked_grad_weight": Space(
         (
             ("block_m", (32, 64)), ("block_n", (64, 128)), ("block_k", (64, 128, 256)), ("group_m", (4, 8, 16)), _WARPS,

@@ -147,8 +147,9 @@ class MaskPasses(Config):
 
 @dataclass(frozen=True)
 class MaskedGemm(Config):
-    """A tile of `block_m` by `block_n` is summed in steps of `block_k`, whichever dimension of the weight that is; both
-    are multiples of 32, of a word. The sum is split where fewer than `programs` tiles are there."""
+    """A tile of `block_m` by `block_n` is summed in steps of `block_k`, whichever dimension of the weight that is: of
+    columns, which `block_n` counts for dx and `block_k` else, there are whole words of 32. The sum is split where fewer
+    than `programs` tiles are there."""
 
     block_m: int
     block_n: int
@@ -242,6 +243,8 @@ CONFIGS: dict[str, type[Config]] = {
     "multi_decode": MultiDecode,
     "mask_passes": MaskPasses,
     "masked_gemm": MaskedGemm,
+    "masked_gemm_tma": MaskedGemm,
     "masked_grad_x": MaskedGemm,
+    "masked_grad_x_tma": MaskedGemm,
     "masked_grad_weight": MaskedGradWeight,
 }
