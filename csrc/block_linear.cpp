@@ -20,8 +20,9 @@ constexpr int64_t kBlockTerms = 64;
 // Rows of x at a time, so that scratch stays small and a block row's sums in the L2 cache.
 constexpr int64_t kBlockRowsOnce = 240;
 
-// What simd/block_linear.h computes. A block row of y (`order` null: blocks are turned) or a block column of dx: blocks [begin, end), of which block i
-// meets the block of columns `others[i]` of the packed operand [blocks of columns, packed_rows, block].
+// What simd/block_linear.h computes. A block row of y (`order` null: blocks are turned) or a block column of dx: blocks
+// [begin, end), of which block i meets the block of columns `others[i]` of the packed operand [blocks of columns,
+// packed_rows, block].
 struct BlockLine {
   int64_t block;
   Matrix values;  // [blocks * block, block]

@@ -18,7 +18,8 @@ inline void block_pack(const Matrix& matrix, int64_t row, int64_t rows, int64_t 
       float* to = target + m * block;
       const char* source = at(matrix, row + m, column);
       // Short pieces of many rows, which the processor does not foresee.
-      prefetch(source + 8 * matrix.row_stride * sizeof(typename Type::Storage), columns * sizeof(typename Type::Storage));
+      constexpr int64_t size = sizeof(typename Type::Storage);
+      prefetch(source + 8 * matrix.row_stride * size, columns * size);
       load_row<Type, kFloats>(source, columns, nullptr, 1.0f, to);
       for (int64_t c = round_up(columns, kFloats); c < block; c += kFloats) store(to + c, Floats{});
     }
@@ -44,28 +45,35 @@ inline void block_turn(const float* source, int64_t block, float* target) {
     }
 }
 
+// `step` terms are summed in registers before they are added to memory.
 template <int rows, int vectors>
-inline void block_tiles(int64_t block, const float* left, const float* right, float* sums) {
-  for (int64_t c = 0; c < block; c += vectors * kFloats) {
-    Accumulators<rows, vectors> tile;
-    tile.multiply_add(block, left, block, 1, right + c, block);
-    tile.template put<true>(sums + c, block);
-  }
+inline void block_tiles(int64_t block, int64_t step, const float* left, const float* right, float* sums) {
+  for (int64_t c = 0; c < block; c += vectors * kFloats)
+    for (int64_t t = 0; t < block; t += step) {
+      Accumulators<rows, vectors> tile;
+      tile.multiply_add(step, left + t, block, 1, right + t * block + c, block);
+      tile.template put<true>(sums + c, block);
+    }
+}
+
+// Shorter chains round less; long sums are cut by their blocks anyway.
+inline int64_t block_chain(int64_t block, int64_t blocks) {
+  return blocks * block < 1024 ? 32 : std::min<int64_t>(block, 64);
 }
 
 // sums [m, block] += left [m, block] right [block, block]. A tile of one or two rows has more vectors, to hide latency.
-inline void block_product(int64_t m, int64_t block, const float* left, const float* right, float* sums) {
+inline void block_product(int64_t m, int64_t block, int64_t step, const float* left, const float* right, float* sums) {
   constexpr int wide = 32 / kFloats >= 4 ? 4 : 2;
   for (int64_t tiles = (m + kBlockRows - 1) / kBlockRows, i = 0, rows; tiles > 0; --tiles, i += rows) {
     rows = (m - i + tiles - 1) / tiles;
     const float* from = left + i * block;
     float* to = sums + i * block;
-    if (rows == 1) block_tiles<1, wide>(block, from, right, to);
-    if (rows == 2) block_tiles<2, wide>(block, from, right, to);
-    if (rows == 3) block_tiles<3, 2>(block, from, right, to);
-    if (rows == 4) block_tiles<4, 2>(block, from, right, to);
-    if (rows == 5) block_tiles<5, 2>(block, from, right, to);
-    if (rows == 6) block_tiles<6, 2>(block, from, right, to);
+    if (rows == 1) block_tiles<1, wide>(block, step, from, right, to);
+    if (rows == 2) block_tiles<2, wide>(block, step, from, right, to);
+    if (rows == 3) block_tiles<3, 2>(block, step, from, right, to);
+    if (rows == 4) block_tiles<4, 2>(block, step, from, right, to);
+    if (rows == 5) block_tiles<5, 2>(block, step, from, right, to);
+    if (rows == 6) block_tiles<6, 2>(block, step, from, right, to);
   }
 }
 
@@ -92,7 +100,7 @@ inline void block_store(const float* sums, int64_t rows, int64_t block, const Ma
 
 // One block row of y, or block column of dx, for rows [job.row, job.row + job.m) of the packed operand.
 inline void block_line(const BlockLine& job, float* scratch) {
-  const int64_t block = job.block, size = block * block;
+  const int64_t block = job.block, size = block * block, step = block_chain(block, job.end - job.begin);
   float *loaded = scratch, *turned = scratch + size, *sums = scratch + 2 * size;
   std::fill_n(sums, job.m * block, 0.0f);
   if (job.bias.data)
@@ -107,12 +115,12 @@ inline void block_line(const BlockLine& job, float* scratch) {
     if (job.values.dtype == kFloat32) values = reinterpret_cast<const float*>(at(job.values, place * block, 0));
     else block_load(job.values, place, block, loaded);
     if (job.order) {
-      block_product(job.m, block, left, values, sums);
+      block_product(job.m, block, step, left, values, sums);
     } else if (job.m <= kBlockFewRows) {
       block_dots(job.m, block, left, values, sums);
     } else {
       block_turn(values, block, turned);
-      block_product(job.m, block, left, turned, sums);
+      block_product(job.m, block, step, left, turned, sums);
     }
   }
   block_store(sums, job.m, block, job.out, job.row, job.column, job.columns);

@@ -3,7 +3,7 @@
 y is cut along N and dx along K, so that each element is summed in one matmul and rounded once; where a layout can be
 decoded by rows only, dx is summed over its pieces in at least float32.
 
-Blocks on a CPU: a block row's kept columns of x are gathered for one matmul with its blocks, so that what is not kept
+Blocks on a CPU: a block row's kept columns of x are gathered for matmuls with its blocks, so that what is not kept
 takes no time. From `DENSE_FROM` on a matmul over everything is faster than the copies. A GPU would wait for so many
 small launches: there it is dense pieces always.
 """
@@ -21,6 +21,7 @@ from peft_kernels.kernels._masked import strips
 from peft_kernels.kernels.composed._passes import sum_rows
 
 DENSE_FROM = 0.5
+CHAIN = 32  # terms of a matmul's sum
 
 
 def unsupported(problem) -> str | None:
@@ -128,23 +129,33 @@ def _lines(starts: Tensor, others: Tensor, first: int, count: int) -> Iterator[t
 
 
 def _block_rows(y, x, weight: BlockWeight, bias) -> None:
-    """y = x Wᵀ + bias, one matmul for each block row."""
+    """y = x Wᵀ + bias, block row by block row."""
     block, n = weight.block, weight.shape[0]
     y[:] = 0 if bias is None else bias
     xs = _Columns(x, block)
     for row, chosen, columns in _lines(weight.starts, weight.structure.columns, 0, weight.grid[0]):
         rows = slice(row * block, min((row + 1) * block, n))
-        # [B, blocks of this row · B]
-        blocks = weight.values[chosen].transpose(0, 1).reshape(block, -1)[: rows.stop - rows.start].to(x.dtype)
-        y[:, rows] = F.linear(xs.gathered(columns), blocks, None if bias is None else bias[rows])
+        blocks = weight.values[chosen].mT[..., : rows.stop - rows.start]
+        _add_line(y[:, rows], xs, columns, blocks)
 
 
 def _block_columns(grad_x, grad_y, weight: BlockWeight) -> None:
-    """dx = dY W, one matmul for each block column."""
+    """dx = dY W, block column by block column."""
     block, k, structure = weight.block, weight.shape[1], weight.structure
     grad_x.zero_()
     ys = _Columns(grad_y, block)
     for column, chosen, rows in _lines(weight.starts, structure.rows, weight.grid[0] + 1, weight.grid[1]):
         columns = slice(column * block, min((column + 1) * block, k))
-        blocks = weight.values[structure.order[chosen].long()].flatten(0, 1)[:, : columns.stop - columns.start]
-        grad_x[:, columns] = ys.gathered(rows) @ blocks.to(grad_y.dtype)
+        blocks = weight.values[structure.order[chosen].long()][..., : columns.stop - columns.start]
+        _add_line(grad_x[:, columns], ys, rows, blocks)
+
+
+def _add_line(out: Tensor, operand: _Columns, columns: Tensor, blocks: Tensor) -> None:
+    """out [M, some of B] += the operand's gathered columns times blocks [., B, some of B], rounded once. In float32 in
+    short sums: without the zeros between them, a matmul would sum in longer chains than of the dense weight."""
+    gathered, total = operand.gathered(columns), out.clone()
+    flat = blocks.reshape(-1, out.shape[1]).to(out.dtype)
+    step = CHAIN if out.dtype == torch.float32 else max(1, len(flat))
+    for i in range(0, len(flat), step):
+        total = torch.addmm(total, gathered[:, i : i + step], flat[i : i + step])
+    out.copy_(total)
