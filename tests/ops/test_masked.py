@@ -107,7 +107,9 @@ def test_the_compact_gradient_is_the_dense_one_at_the_kept_places(backend):
     compact = MaskedProblem(70, 75, 133, device=backend.device, density=0.3, compact=True)
     _, grads = dense.run()
     _, others = compact.run()
-    torch.testing.assert_close(others["values"], grads["weight"][dense.kept], rtol=1e-6, atol=1e-6)
+    # Two sums of 70 products of normal numbers, not everywhere in the same order.
+    order = 4 * 70**0.5 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(others["values"], grads["weight"][dense.kept], rtol=1e-6, atol=order)
     assert "weight" not in others
 
 
