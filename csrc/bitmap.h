@@ -18,10 +18,12 @@ namespace peft_kernels {
 constexpr int kBitmapRows = 16;         // of a strip
 constexpr int kBitmapColumns = 256;     // of a chunk, which a warp takes at once
 constexpr int kBitmapChunkBytes = 512;  // of bits, 16 for each lane
-constexpr int kBitmapWarps = 16;        // of a block, and chunks of a panel, at most
+constexpr int kPanelChunks = 16;        // at most
+constexpr int kBitmapWarps = 8;         // of a block, at most
+constexpr int kTurns = 2;               // chunks that a warp takes one after the other, at most
 constexpr int kBitmapTokens = 8;
 constexpr int kSlotBytes = 128;         // an element of each of the 64 streams
-constexpr int kMostSlots = kBitmapWarps * kBitmapColumns / 4;  // of a panel: a stream has a weight in four columns
+constexpr int kMostSlots = kPanelChunks * kBitmapColumns / 4;  // of a panel: a stream has a weight in four columns
 constexpr int kMostSplits = 8;          // blocks of a cluster that every GPU with clusters can run
 
 // Slots of `values` begin at multiples of 16 bytes.
@@ -41,12 +43,14 @@ struct BitmapGpu {
   bool clusters;
 };
 
-// A block takes `groups` strips with a warp for each chunk of a panel. It walks every `splits`-th panel: the blocks of a
+// A block takes `groups` strips with a warp for each `turns` chunks of a panel: what a warp does but once is shared by
+// more weights, where there are blocks enough to keep the multiprocessors busy with fewer warps. It walks every `splits`-th panel: the blocks of a
 // cluster share a strip's panels out. Warps stand as [width, groups], blocks as [tiles, splits]: nothing is divided on
 // the device.
 struct BitmapPlan {
   int strips, chunks, panels;
-  int width;  // chunks of a panel, warps of a group
+  int panel_chunks;
+  int turns, width;  // chunks of a warp, warps of a group
   int groups, splits, tiles, threads;
   int group_bytes;  // of shared memory, for a panel's values
   int shared_bytes;
@@ -63,7 +67,7 @@ inline bool bitmap_fits(const BitmapWeight& w) {
   if (w.n < 1 || w.k < 1 || w.n > most || w.k > most || w.panels < 1) return false;
   const int64_t strips = bitmap_parts(w.n, kBitmapRows), chunks = bitmap_parts(w.k, kBitmapColumns);
   const int64_t width = bitmap_parts(chunks, w.panels);
-  if (width > kBitmapWarps || (w.panels - 1) * width >= chunks) return false;  // no panel may be empty
+  if (width > kPanelChunks || (w.panels - 1) * width >= chunks) return false;  // no panel may be empty
   return strips * w.panels < most && w.most_slots >= 0 && w.most_slots <= kMostSlots;
 }
 
@@ -73,7 +77,10 @@ inline BitmapPlan bitmap_plan(const BitmapWeight& w, const BitmapGpu& gpu) {
   plan.strips = static_cast<int>(bitmap_parts(w.n, kBitmapRows));
   plan.chunks = static_cast<int>(bitmap_parts(w.k, kBitmapColumns));
   plan.panels = w.panels;
-  plan.width = static_cast<int>(bitmap_parts(plan.chunks, plan.panels));
+  plan.panel_chunks = static_cast<int>(bitmap_parts(plan.chunks, plan.panels));
+  const bool many = plan.panel_chunks > 1 && 2 * static_cast<int64_t>(plan.strips) >= 3 * gpu.multiprocessors;
+  plan.turns = many || plan.panel_chunks > kBitmapWarps ? kTurns : 1;
+  plan.width = static_cast<int>(bitmap_parts(plan.panel_chunks, plan.turns));
   // Narrow panels share a block where there are strips enough for all multiprocessors.
   plan.groups = kBitmapWarps / plan.width;
   const int shares = plan.strips / gpu.multiprocessors;
@@ -100,18 +107,24 @@ struct BitmapShare {
   PEFT_KERNELS_HOST_DEVICE BitmapShare(const BitmapPlan& plan, int tile, int split, int group, int warp)
       : group(group), warp(warp), warp_of_block(group * plan.width + warp), strip(tile * plan.groups + group),
         first_panel(split) {}
-  PEFT_KERNELS_HOST_DEVICE int chunk(const BitmapPlan& plan, int panel) const { return panel * plan.width + warp; }
+
+  // Of the warp's chunks in a panel the first, and how many there are.
+  PEFT_KERNELS_HOST_DEVICE int chunk(const BitmapPlan& plan, int panel) const {
+    return panel * plan.panel_chunks + warp * plan.turns;
+  }
+  PEFT_KERNELS_HOST_DEVICE int turns(const BitmapPlan& plan, int panel) const {
+    const int last = (panel + 1) * plan.panel_chunks, end = last < plan.chunks ? last : plan.chunks;
+    const int left = strip < plan.strips ? end - chunk(plan, panel) : 0;
+    return left < plan.turns ? left : plan.turns;  // below 0 where the panel ends before
+  }
 };
 
 // The slots of a panel arrive in ranges, in this order: a warp waits for those up to its last slot.
-constexpr int kBitmapRanges = 4;
+constexpr int kBitmapRanges = 8;
 PEFT_KERNELS_HOST_DEVICE int range_slots(int slots) { return (slots + kBitmapRanges - 1) / kBitmapRanges; }
 
-// Ranges that hold slots [0, end) of a panel.
-PEFT_KERNELS_HOST_DEVICE int ranges_before(int end, int slots) {
-  const int each = range_slots(slots);
-  return each == 0 ? 0 : (end + each - 1) / each;
-}
+// Whether a panel's slots [0, end) reach into a range.
+PEFT_KERNELS_HOST_DEVICE bool needs_range(int end, int slots, int range) { return range * range_slots(slots) < end; }
 
 // Bytes of a panel's values.
 struct BitmapRange {

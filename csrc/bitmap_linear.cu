@@ -2,7 +2,9 @@
 // asynchronous copies to shared memory (values) and 16 bytes a lane (bits), and multiplied by the tensor cores.
 //
 // Floor, 4096 x 4096 in 16 bits at 50, 30, 10 % density: 20.0, 13.3, 6.2 MB, 4.7, 3.1, 1.4 us at 4.3 TB/s (dense 7.8).
-// The main loop takes 4.0 instructions a weight, 2.2 us on 132 multiprocessors at 1.83 GHz. Never run on a GPU.
+// A chunk of a warp takes 3.7 instructions a weight to decode and multiply, 5.7 with all that surrounds it: 2.0 and 3.1 us
+// of issue on 132 multiprocessors at 1.83 GHz, so that below 30 % density it is not memory that bounds it. Never run on a
+// GPU.
 //
 // How the work is divided: bitmap.h. What a lane has and where: bitmap_decode.cuh.
 #include <cooperative_groups.h>
@@ -82,7 +84,7 @@ __device__ __forceinline__ void copy_values(const Arguments& a, const BitmapShar
   const char* source = static_cast<const char*>(a.w.values) + static_cast<int64_t>(first) * kSlotBytes;
 #if __CUDA_ARCH__ >= 900
   if (share.warp != 0 || lane != 0) return;
-#pragma unroll
+#pragma unroll 1
   for (int r = 0; r < kBitmapRanges; ++r) {
     const BitmapRange range = range_of(slots, r);
     const uint32_t barrier = shared_address(&arrived[r]), bytes = range.end - range.begin;
@@ -115,9 +117,18 @@ __device__ __forceinline__ void load_x(const Arguments& a, int lane, int chunk, 
   }
 }
 
-// A warp's product with a chunk. Its streams begin behind `before`.
+// A lane's bits of a chunk, or none.
+__device__ __forceinline__ LaneBits load_bits(const Arguments& a, const BitmapShare& share, int lane, int chunk,
+                                              bool lives) {
+  if (!lives) return {};
+  const int64_t at = static_cast<int64_t>(share.strip) * a.plan.chunks + chunk;
+  const uint4 words = load_words_once(static_cast<const char*>(a.w.bits) + at * kBitmapChunkBytes + 16 * lane);
+  return {words.x, words.y, words.z, words.w};
+}
+
+// A warp's product with a chunk.
 template <class T>
-__device__ __forceinline__ void multiply_chunk(const uint4 (&x)[8], const LaneBits& bits, Streams streams,
+__device__ __forceinline__ void multiply_chunk(const uint4 (&x)[8], const LaneBits& bits, Streams& streams,
                                                float (&sums)[4]) {
   const auto load = [](uint32_t address) {  // volatile: it stays behind the waits
     uint16_t value;
@@ -143,8 +154,15 @@ __device__ __forceinline__ void store(const Arguments& a, const BitmapSum& which
   from_float(value, static_cast<T*>(a.y)[which.token * a.w.n + row]);
 }
 
+// Blocks on a multiprocessor, for which the compiler is to leave registers: it spills on sm_100 where three are to fit.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kResident = 2;
+#else
+constexpr int kResident = 3;
+#endif
+
 template <class T>
-__global__ void __launch_bounds__(32 * kBitmapWarps, 2) bitmap_linear_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(32 * kBitmapWarps, kResident) bitmap_linear_kernel(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) char shared[];
   __shared__ Common common;
   // Of lane 0, so that the compiler knows them to be the same in all lanes.
@@ -167,26 +185,30 @@ __global__ void __launch_bounds__(32 * kBitmapWarps, 2) bitmap_linear_kernel(con
       first = start[0];
       slots = start[1] - first;
     }
-    const int chunk = share.chunk(a.plan, panel);
-    LaneBits bits{};
-    if (strip_lives && chunk < a.plan.chunks) {
-      const int64_t at = static_cast<int64_t>(share.strip) * a.plan.chunks + chunk;
-      const uint4 words = load_words_once(static_cast<const char*>(a.w.bits) + at * kBitmapChunkBytes + 16 * lane);
-      bits = {words.x, words.y, words.z, words.w};
-    }
+    const int chunk = share.chunk(a.plan, panel), turns = share.turns(a.plan, panel);
+    LaneBits bits = load_bits(a, share, lane, chunk, turns > 0);
+    const uint32_t others = stream_counts(load_bits(a, share, lane, chunk + 1, turns > 1));
     copy_values(a, share, lane, first, slots, values, arrived);
     uint4 x[8];
     load_x<T>(a, lane, chunk, x);
-    const uint32_t own = stream_counts(bits);
-    common.counts[share.warp_of_block][lane] = own;
+    common.counts[share.warp_of_block][lane] = others + stream_counts(bits);
     __syncthreads();
-    const uint32_t before =
-        counts_before(common.counts, share.warp_of_block - share.warp, share.warp_of_block, lane);
-    const int needed = ranges_before(__reduce_max_sync(0xFFFFFFFFu, last_slot(before + own)), slots);
-    for (int r = 0; r < needed; ++r) wait_for(arrived[r], parity);
-    multiply_chunk<T>(x, bits, Streams(values, lane, before), sums);
+    uint32_t end = counts_before(common.counts, share.warp_of_block - share.warp, share.warp_of_block, lane);
+    Streams streams(values, lane, end);
+    int waited = 0;
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+      if (turn > 0) {  // the bits once more, from the L2 cache: there are no registers to keep them
+        bits = load_bits(a, share, lane, chunk + 1, true);
+        load_x<T>(a, lane, chunk + 1, x);
+      }
+      end += stream_counts(bits);
+      const int last = static_cast<int>(__reduce_max_sync(0xFFFFFFFFu, last_slot(end)));
+      for (; waited < kBitmapRanges && needs_range(last, slots, waited); ++waited) wait_for(arrived[waited], parity);
+      multiply_chunk<T>(x, bits, streams, sums);
+    }
     // Also of ranges that it does not need: none may be under way when its barrier's next turn begins.
-    for (int r = needed; r < kBitmapRanges; ++r) wait_for(arrived[r], parity);
+    for (; waited < kBitmapRanges; ++waited) wait_for(arrived[waited], parity);
   }
 
   float* const warp_sums = reinterpret_cast<float*>(shared);

@@ -94,7 +94,8 @@ class BitmapWeight(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> BitmapWeight:
         """The same shape over other tensors, in the order of `tensors`."""
-        return self._replace(**dict(zip(("values", "bits", "starts", "order"), tensors, strict=True)))
+        values, bits, starts, order = tensors
+        return self._replace(values=values, bits=bits, starts=starts, order=order)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in full, [out_features, in_features], dropped weights +0. None: in its own dtype."""

@@ -49,7 +49,7 @@ void multiply(int dtype, const uint32_t (&operand)[kLanes][4], const uint32_t (&
 }
 
 struct Warp {
-  LaneBits bits[kLanes];
+  LaneBits bits[kTurns][kLanes];
   double sums[kLanes][4] = {};
 };
 
@@ -90,12 +90,15 @@ struct Block {
         for (int at = bytes.begin; at < bytes.end; at += 16) copy(s, first, at, range);
       }
       for (int lane = 0; lane < kLanes; ++lane) {
-        LaneBits& bits = warps[warp].bits[lane] = {};
-        if (s.strip < call.plan.strips && chunk < call.plan.chunks)
-          std::memcpy(&bits, static_cast<const uint8_t*>(call.w.bits) +
-                                 (static_cast<int64_t>(s.strip) * call.plan.chunks + chunk) * kBitmapChunkBytes +
-                                 16 * lane, 16);
-        counts[warp][lane] = stream_counts(bits);
+        counts[warp][lane] = 0;
+        for (int turn = 0; turn < kTurns; ++turn) {
+          LaneBits& bits = warps[warp].bits[turn][lane] = {};
+          if (turn < s.turns(call.plan, panel))
+            std::memcpy(&bits, static_cast<const uint8_t*>(call.w.bits) +
+                                   (static_cast<int64_t>(s.strip) * call.plan.chunks + chunk + turn) *
+                                       kBitmapChunkBytes + 16 * lane, 16);
+          counts[warp][lane] += stream_counts(bits);
+        }
         if (call.bulk) continue;
         std::vector<int> copied;
         copy_panel(slots, kLanes * call.plan.width, kLanes * s.warp + lane, [&](int at) { copied.push_back(at); },
@@ -132,24 +135,34 @@ struct Block {
     return words;
   }
 
-  void multiply_chunk(int warp, int panel) {
+  // What a warp has in a panel.
+  void multiply_panel(int warp, int panel) {
     const BitmapShare s = share(warp);
-    const int chunk = s.chunk(call.plan, panel);
-    int first, slots;
+    int first, slots, waited = 0;
     slots_of(s, panel, first, slots);
     std::vector<Streams> streams;
-    uint32_t end = 0;
+    std::vector<uint32_t> ends;
     for (int lane = 0; lane < kLanes; ++lane) {
-      const uint32_t before = counts_before(counts, s.warp_of_block - s.warp, s.warp_of_block, lane);
-      streams.emplace_back(static_cast<uint32_t>(s.group * call.plan.group_bytes), lane, before);
-      end = greatest(end, last_slot(before + counts[warp][lane]));
+      ends.push_back(counts_before(counts, s.warp_of_block - s.warp, s.warp_of_block, lane));
+      streams.emplace_back(static_cast<uint32_t>(s.group * call.plan.group_bytes), lane, ends.back());
     }
-    const int needed = ranges_before(static_cast<int>(end), slots);
+    for (int turn = 0; turn < s.turns(call.plan, panel); ++turn) {
+      uint32_t last = 0;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        ends[lane] += stream_counts(warps[warp].bits[turn][lane]);
+        last = greatest(last, last_slot(ends[lane]));
+      }
+      while (waited < kBitmapRanges && needs_range(static_cast<int>(last), slots, waited)) ++waited;
+      multiply_chunk(warp, s.chunk(call.plan, panel) + turn, warps[warp].bits[turn], waited, streams);
+    }
+  }
+
+  void multiply_chunk(int warp, int chunk, const LaneBits (&bits)[kLanes], int ranges, std::vector<Streams>& streams) {
     for (int tile = 0; tile < 16; ++tile) {
       uint32_t operand[kLanes][4], right[kLanes][2];
       for (int lane = 0; lane < kLanes; ++lane) {
-        decode_tile(warps[warp].bits[lane].words[tile / 4] >> (8 * (tile % 4)), streams[lane],
-                    [&](uint32_t address) { return read(address, lane, needed); }, operand[lane]);
+        decode_tile(bits[lane].words[tile / 4] >> (8 * (tile % 4)), streams[lane],
+                    [&](uint32_t address) { return read(address, lane, ranges); }, operand[lane]);
         const int column = chunk * kBitmapColumns + bitmap_x_column(lane, tile / 2) + 4 * (tile % 2);
         for (int r = 0; r < 2; ++r) right[lane][r] = pair(lane_token(lane), column + 2 * r);
       }
@@ -161,7 +174,7 @@ struct Block {
     const int count = static_cast<int>(warps.size());
     for (int panel = share(0).first_panel; panel < call.plan.panels; panel += call.plan.splits) {
       load(panel);
-      for (int warp = 0; warp < count; ++warp) multiply_chunk(warp, panel);
+      for (int warp = 0; warp < count; ++warp) multiply_panel(warp, panel);
     }
     std::vector<double> sums(static_cast<std::size_t>(call.plan.shared_bytes / 4), std::nan(""));
     for (int warp = 0; warp < count; ++warp)
@@ -223,7 +236,7 @@ int bitmap_plan_of(const int64_t* numbers, const int* gpu, int* plan) {
   const BitmapWeight w = shape(numbers);
   if (!bitmap_fits(w)) return kDoesNotFit;
   const BitmapPlan p = bitmap_plan(w, {gpu[0], gpu[1], gpu[2] != 0});
-  const int values[] = {p.strips, p.chunks, p.panels, p.width, p.groups, p.splits, p.tiles, p.threads, p.shared_bytes};
+  const int values[] = {p.strips, p.chunks, p.turns, p.width, p.groups, p.splits, p.tiles, p.threads, p.shared_bytes};
   std::memcpy(plan, values, sizeof values);
   return kNone;
 }

@@ -33,7 +33,7 @@ class Gpu(NamedTuple):
 class Plan(NamedTuple):
     strips: int
     chunks: int
-    panels: int
+    turns: int
     width: int
     groups: int
     splits: int

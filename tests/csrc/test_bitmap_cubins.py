@@ -22,7 +22,7 @@ class Code(NamedTuple):
     arch: str
     element: str  # of the mangled name
     lines: list[str]
-    loop: list[str]  # over panels
+    loop: list[str]  # over chunks
     decode: list[str]  # from the first predicates of a chunk to its last product
 
     @property
@@ -70,13 +70,13 @@ def code(request: pytest.FixtureRequest) -> list[Code]:
     return found
 
 
-def test_no_spills_and_two_blocks_of_16_warps_fit(cuda):
+def test_no_spills_and_two_blocks_fit(cuda):
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", dump(cuda.__file__, "-res-usage"))
     usage = [row for row in usage if "bitmap_linear_kernel" in row[0]]
     assert len(usage) == 2 * len(archs(cuda))
     for name, registers, stack, local in usage:
         assert (int(stack), int(local)) == (0, 0), name
-        assert int(registers) <= 64, name
+        assert int(registers) <= 128, name
 
 
 def test_instructions_of_a_weight(code):
@@ -92,11 +92,12 @@ def test_instructions_of_a_weight(code):
         assert starting(kernel.decode, "R2P") >= 16, what
         assert len(kernel.decode) <= 4 * WEIGHTS, what
         assert starting(kernel.decode, *INTEGER) <= 3 * WEIGHTS, what
-        assert starting(kernel.lines, "POPC") == 4 <= 0.25 * WEIGHTS, what
+        # Before the streams begin for all chunks of a warp, and once more for each.
+        assert 4 <= starting(kernel.lines, "POPC") <= 16 <= 0.25 * WEIGHTS, what
 
 
 def test_integer_operations_of_a_weight_with_all_that_surrounds_it(code):
-    """At most 6, of all that stands in the loop over panels: copies, waits and where streams begin included."""
+    """At most 6, of all that stands in the loop over a warp's chunks, waits included."""
     for kernel in code:
         assert starting(kernel.loop, "HMMA") == 16, kernel[:2]
         assert starting(kernel.loop, *INTEGER) <= 6 * WEIGHTS, kernel[:2]
@@ -106,9 +107,9 @@ def test_how_bytes_arrive(code):
     """Values by bulk copies from sm_90 on, by asynchronous copies of 16 bytes before; bits in 16 bytes a lane."""
     for kernel in code:
         what = kernel[:2]
-        assert kernel.count(r"LDG\.E\.NA\.128") == 1, what
-        assert kernel.count(r"LDG\.E\.128") == 8, what
-        assert kernel.count(r"UBLKCP") == (4 if kernel.is_new else 0), what
+        assert kernel.count(r"LDG\.E\.NA\.128") == 3, what
+        assert kernel.count(r"LDG\.E\.128") == 16, what
+        assert (kernel.count(r"UBLKCP") > 0) == kernel.is_new, what
         assert (kernel.count(r"LDGSTS\.E\.BYPASS\.128") > 0) == (not kernel.is_new), what
         assert kernel.count(r"UCGABAR_WAIT|BAR\.CGA") == 0 or kernel.is_new, what
 
