@@ -44,9 +44,9 @@ struct BitmapGpu {
 };
 
 // A block takes `groups` strips with a warp for each `turns` chunks of a panel: what a warp does but once is shared by
-// more weights, where there are blocks enough to keep the multiprocessors busy with fewer warps. It walks every `splits`-th panel: the blocks of a
-// cluster share a strip's panels out. Warps stand as [width, groups], blocks as [tiles, splits]: nothing is divided on
-// the device.
+// more weights, where there are blocks enough to keep the multiprocessors busy with fewer warps. It walks every
+// `splits`-th panel: the blocks of a cluster share a strip's panels out. Warps stand as [width, groups], blocks as
+// [tiles, splits]: nothing is divided on the device.
 struct BitmapPlan {
   int strips, chunks, panels;
   int panel_chunks;

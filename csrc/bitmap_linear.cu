@@ -2,9 +2,9 @@
 // asynchronous copies to shared memory (values) and 16 bytes a lane (bits), and multiplied by the tensor cores.
 //
 // Floor, 4096 x 4096 in 16 bits at 50, 30, 10 % density: 20.0, 13.3, 6.2 MB, 4.7, 3.1, 1.4 us at 4.3 TB/s (dense 7.8).
-// A chunk of a warp takes 3.7 instructions a weight to decode and multiply, 5.7 with all that surrounds it: 2.0 and 3.1 us
-// of issue on 132 multiprocessors at 1.83 GHz, so that below 30 % density it is not memory that bounds it. Never run on a
-// GPU.
+// A warp takes 3.7 instructions a weight to decode and multiply, 5.7 with all that surrounds it: 2.0 and 3.1 us of
+// issue on 132 multiprocessors at 1.83 GHz, so that below 30 % density it is not memory that bounds it. Never run on
+// a GPU.
 //
 // How the work is divided: bitmap.h. What a lane has and where: bitmap_decode.cuh.
 #include <cooperative_groups.h>
@@ -162,7 +162,8 @@ constexpr int kResident = 3;
 #endif
 
 template <class T>
-__global__ void __launch_bounds__(32 * kBitmapWarps, kResident) bitmap_linear_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(32 * kBitmapWarps, kResident)
+bitmap_linear_kernel(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) char shared[];
   __shared__ Common common;
   // Of lane 0, so that the compiler knows them to be the same in all lanes.

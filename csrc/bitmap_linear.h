@@ -6,9 +6,9 @@
 
 namespace peft_kernels {
 
-// y [m, n] = x W^T + bias for m <= 8 rows in bfloat16 or float16 and W of the same type as bits and nonzeros. Rows of x
-// begin at multiples of 16 bytes and end with zeros at a multiple of 8 columns. bias may be null. bitmap_plan takes what
-// `bitmap_gpu` says of the device.
+// y [m, n] = x W^T + bias for m <= 8 rows in bfloat16 or float16 and W of the same type as bits and nonzeros. Rows of
+// x begin at multiples of 16 bytes and end with zeros at a multiple of 8 columns. bias may be null. bitmap_plan takes
+// what `bitmap_gpu` says of the device.
 struct BitmapLinear {
   int m;
   const void* x;

@@ -1,5 +1,5 @@
-// The blocks of csrc/bitmap_linear.cu on the host, their threads one after another between barriers, by the functions that
-// the device runs. Shared memory is NaN where nothing was copied, or where a warp did not wait for what was.
+// The blocks of csrc/bitmap_linear.cu on the host, their threads one after another between barriers, by the functions
+// that the device runs. Shared memory is NaN where nothing was copied, or where a warp did not wait for what was.
 #include <cmath>
 #include <cstring>
 #include <limits>
