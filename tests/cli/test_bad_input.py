@@ -22,6 +22,7 @@ from peft_kernels.cli.main import main
         ("--lora-alpha nan", "--lora-alpha: nan is not a finite number above 0"),
         ("--lora-dropout 1.5", "--lora-dropout: 1.5 is not a probability"),
         ("--lora-dropout -0.1", "--lora-dropout: -0.1 is not a probability"),
+        ("--sparsity 1", "--sparsity: 1 is not a probability"),
         ("--lr 0", "--lr: 0 is not a finite number above 0"),
         ("--dtype int8", "--dtype: invalid choice: 'int8'"),
         ("--task chess", "--task: invalid choice: 'chess'"),

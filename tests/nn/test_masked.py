@@ -395,21 +395,18 @@ class TestState:
         assert repr(made("compact", kept)) == f"MaskedLinear({text}, grad_layout=compact)"
         assert repr(made(kept=kept, weight_is_masked=True)) == f"MaskedLinear({text}, weight_is_masked=True)"
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_compiled_code_sees_another_mask(self, layout):
+    def test_compiled_code_sees_another_mask(self):
+        """With the layout whose forward writes the weight; the op over a dense one is compiled in its own tests."""
         torch._dynamo.reset()
-        layer, x = made(layout), torch.randn(3, K)
+        layer, x = made("compact"), torch.randn(3, K)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         for kept in (KEPT, OTHER):
             layer.set_mask(kept)
-            assert relative_error(compiled(x).detach(), layer(x).detach()) < 1e-6
-            y = compiled(x)
-            y.sum().backward()
-            got = (layer.values if layout == "compact" else layer.weight).grad.clone()
-            layer.zero_grad()
-            layer(x).sum().backward()
-            assert relative_error(got, (layer.values if layout == "compact" else layer.weight).grad) < 1e-6
-            layer.zero_grad()
+            results = []
+            for call in (compiled, layer):
+                y = call(x)
+                results += [y.detach(), *torch.autograd.grad(y.square().sum(), [layer.values, layer.bias])]
+            assert all(relative_error(a, b) < 1e-6 for a, b in zip(results[:3], results[3:], strict=True))
 
     def test_a_mask_that_keeps_nothing(self):
         layer, x = made(kept=torch.zeros(N, K)), torch.randn(3, K)
