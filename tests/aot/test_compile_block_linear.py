@@ -74,9 +74,9 @@ def test_as_machine_code(monkeypatch, case):
     assert machine.shared_bytes <= SHARED_MEMORY[case.arch]
     few = case.m < 64  # rows for a warp group
     assert machine.tensor_core == ("none" if case.dtype == F32 else "HMMA" if few else TENSOR_CORE[case.arch])
-    # Blocks and columns of x come in copies of 16 bytes; up to three stages fetch two indices ahead in copies of 4.
+    # Blocks and columns of x come in copies of 16 bytes; up to five stages fetch two indices ahead in copies of 4.
     assert machine.wide_copies > 0, "global to shared memory not in 16-byte copies"
-    assert machine.copies - machine.wide_copies <= 6
+    assert machine.copies - machine.wide_copies <= 10
     assert machine.count(r"\bATOM") == machine.count(r"\bRED\b") == 0
 
 
