@@ -16,7 +16,8 @@ CPU time in ms of one thread of an AVX2 server (PyTorch 2.13 with MKL, the machi
 
 A float32 dW is PyTorch's product with the mask put on it after, 3 ms for 16 MiB; csrc's took 1.1 to 1.3 times as long.
 Forward + backward at M = 256 on two threads took 0.84 to 0.98 of the time of `torch.nn.utils.prune` (medians of pairs
-in turn, eight runs of which six at most 0.88; dense 0.83 to 0.93; on one thread 0.93 to 1.0), and no memory but its results and 0.41 MiB a thread.
+in turn, eight runs of which six at most 0.88; dense 0.83 to 0.93; on one thread 0.93 to 1.0), and no memory but its
+results and 0.41 MiB a thread.
 """
 
 from __future__ import annotations
