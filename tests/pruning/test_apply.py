@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +159,12 @@ def test_schedules():
         Cubic(0.5, 4, 3)
     with pytest.raises(ValueError, match=r"Linear: final is 1\.5"):
         Linear(1.5, 0, 1)
+
+
+def test_example(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "prune_and_finetune.py"))
+    text = capsys.readouterr().out
+    assert "1,280 of 2,560 weights kept, sparsity 0.5000" in text
+    losses = [float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.9 * losses[0]
+    assert text.rstrip().endswith("after merging: 0")
