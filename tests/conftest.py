@@ -21,7 +21,10 @@ _PACKAGE = "peft_kernels"
 _NO_GPU = "needs an NVIDIA GPU: torch.cuda.is_available() is False"
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A slow test begun last keeps one worker busy while the others have nothing left to take over.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,4 +1,4 @@
-"""Runs the other tests of this folder in a process where Triton interprets its kernels."""
+"""Runs the other tests of this folder in processes where Triton interprets its kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy
 import pytest
+
+from tests.triton.conftest import HALF
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -22,19 +24,21 @@ def _interpreter_works() -> bool:
         return False
 
 
-# About a minute on a core of its own.
+# About three minutes of processor time; a machine that others use too takes several times that.
 SECONDS = 900
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 60)
-def test_the_kernels_in_the_interpreter():
+@pytest.mark.parametrize("half", ["0", "1"])
+def test_the_kernels_in_the_interpreter(half):
+    """In two halves, which two workers run beside each other."""
     if not _interpreter_works():
         pytest.skip("the interpreter of Triton before 3.7 needs a NumPy that turns arrays of one element into integers")
     here = Path(__file__).parent
     root = here.parent.parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", HALF: half}
     # A worker of pytest-xdist would pass its own identity on.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS)
