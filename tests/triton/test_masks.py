@@ -11,8 +11,10 @@ from peft_kernels.kernels.reference import mask_apply as apply_specification
 from peft_kernels.kernels.reference import mask_pack as pack_specification
 from peft_kernels.kernels.reference import mask_unpack as unpack_specification
 from peft_kernels.kernels.triton import _launch, mask_apply, mask_pack, mask_unpack
+from peft_kernels.kernels.triton._masked_tile import ASSEMBLY
 from tests.problems.masked import drawn_mask
 from tests.triton.launches import record_launches
+from tests.triton.test_nf4_assembly import Machine
 
 F16, F32 = torch.float16, torch.float32
 # Less than a word, whole words, a tile and a bit of the next in both directions.
@@ -115,3 +117,12 @@ def test_the_interpreter_is_never_chosen_by_itself():
     with use_backend(None):
         choice = explain("mask_pack", torch.ones(2, 70))
         assert ("triton", _launch.INTERPRETER_IS_FOR_TESTS) in choice.rejected
+
+
+def test_the_assembly_keeps_what_the_interpreter_keeps():
+    """Two 16-bit weights at once, by the signs of two registers, whatever the rest of those is."""
+    for lower in (0, 1):
+        for upper in (0, 1):
+            operands = {"$1": 0xFC01_7C02, "$2": lower << 31 | 0x7FFF_FF7F, "$3": upper << 31 | 0x0080_8080}
+            result = Machine(operands).run(ASSEMBLY)["$0"]
+            assert result == upper * 0xFC01_0000 + lower * 0x7C02
