@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft_kernels import explain, functional, use_backend
 from peft_kernels.formats.positions import Positions
 from peft_kernels.formats.sparse_delta import prepare
+from peft_kernels.kernels import _masked
 from tests.allocations import peak_bytes
 from tests.backends import across
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
@@ -121,6 +122,15 @@ def test_places_past_32_bits():
     assert places.flat[places.order].remainder(1 << 15).tolist() == [0, 3, 5, (1 << 15) - 1]
     assert places.column_starts[[0, 1, 511, 512]].tolist() == [0, 3, 3, 4]
     assert prepare(flat[:1], (1 << 15, 1 << 15))[0].flat.dtype == torch.int32
+
+
+@pytest.mark.parametrize("options", [{}, {"nf4": True}, {"deltas": 3}], ids=["dense", "nf4", "several"])
+def test_pieces_of_many_strips(options, monkeypatch):
+    """Pieces of 64 rows or columns, of which the last is not full."""
+    monkeypatch.setattr(_masked, "CPU_SCRATCH_BYTES", 1)
+    problem = SparseDeltaProblem(**{"m": 9, "k": 160, "n": 130, **options})
+    with use_backend("composed"):
+        assert_within_rounding(problem, problem.run())
 
 
 @pytest.mark.parametrize("name", ["composed", "cpu"])
