@@ -106,7 +106,8 @@ class BlockWeight(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> BlockWeight:
         """The same shape over other tensors, in the order of `tensors`."""
-        return BlockWeight(*tensors, self.shape)
+        values, indices, starts = tensors
+        return BlockWeight(values, indices, starts, self.shape)
 
     def to(self, device: torch.device | str) -> BlockWeight:
         """The same weight on another device; itself where it is there already."""

@@ -67,7 +67,8 @@ class SemiStructuredWeight(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> SemiStructuredWeight:
         """The same shape over other tensors, in the order of `tensors`."""
-        return SemiStructuredWeight(*tensors, self.shape, self.transposable)
+        values, places = tensors
+        return self._replace(values=values, places=places)
 
     def to(self, device: torch.device | str) -> SemiStructuredWeight:
         """The same weight on another device; itself where it is there already."""

@@ -113,7 +113,7 @@ def entry_of(where: str, text: str) -> dict[str, Any]:
 
 def _taken(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
     """The tensors of a weight, in order, taken out of the file's."""
-    found = []
+    found: list[Tensor] = []
     while (key := f"{name}.tensor.{len(found)}") in tensors:
         found.append(tensors.pop(key))
     return found

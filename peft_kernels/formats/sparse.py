@@ -109,9 +109,11 @@ def from_numbers(layout: str, tensors: Sequence[Tensor], numbers: Sequence[int],
         ValueError: no such layout.
     """
     if layout == _block.LAYOUT:
-        return BlockWeight(*tensors, torch.Size(numbers[:2]))
+        values, indices, starts = tensors
+        return BlockWeight(values, indices, starts, torch.Size(numbers[:2]))
     if layout == _semi_structured.LAYOUT:
-        return SemiStructuredWeight(*tensors, torch.Size(numbers[:2]), bool(numbers[2]))
+        values, places = tensors
+        return SemiStructuredWeight(values, places, torch.Size(numbers[:2]), bool(numbers[2]))
     if layout == _nf4_bitmap.LAYOUT:
         return _nf4_bitmap.from_numbers(tensors, numbers, dtype)
     if layout == BITMAP:

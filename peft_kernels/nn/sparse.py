@@ -137,12 +137,13 @@ class SparseLinear(nn.Module):
             ValueError, TypeError: as `functional.sparse_linear`.
         """
         weight = self.weight
-        if self.semi_structured and x.is_cuda and _semi_structured.unavailable(weight) is None:
+        wanted = self.semi_structured and x.is_cuda
+        if wanted and isinstance(weight, SemiStructuredWeight) and _semi_structured.unavailable(weight) is None:
             return _semi_structured.linear(x, self._packed_for_the_gpu(weight), weight, self.bias)
         return sparse_linear(x, weight, self.bias)
 
-    def _packed_for_the_gpu(self, weight: SparseWeight) -> _semi_structured.Packed:
-        version = self.values._version
+    def _packed_for_the_gpu(self, weight: SemiStructuredWeight) -> _semi_structured.Packed:
+        version = weight.values._version
         if self._packed is None or self._packed[0] != version:
             self._packed = version, _semi_structured.pack(weight)
         return self._packed[1]

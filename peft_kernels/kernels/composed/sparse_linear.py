@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.formats.sparse import BlockWeight, SparseWeight
+from peft_kernels.formats.sparse import BitmapWeight, BlockWeight, SparseWeight
 from peft_kernels.kernels._masked import strips
 from peft_kernels.kernels.composed._passes import sum_rows
 
@@ -53,12 +53,12 @@ def _skips(weight: SparseWeight) -> bool:
 
 def _row_pieces(weight: SparseWeight, dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """(rows, W[rows] in `dtype`), each row once."""
-    if hasattr(weight, "dense_rows"):
-        n, k = weight.shape
-        for start, stop in strips(n, k * dtype.itemsize, weight.device):
-            yield slice(start, stop), weight.dense_rows(start, stop, dtype)
-    else:
+    if isinstance(weight, BitmapWeight):
         yield from weight.pieces(dtype)
+        return
+    n, k = weight.shape
+    for start, stop in strips(n, k * dtype.itemsize, weight.device):
+        yield slice(start, stop), weight.dense_rows(start, stop, dtype)
 
 
 def _grad_x(grad_y, weight):
@@ -67,7 +67,7 @@ def _grad_x(grad_y, weight):
     if _skips(weight):
         _block_columns(grad_x, grad_y, weight)
         return grad_x
-    if not hasattr(weight, "dense_columns"):
+    if isinstance(weight, BitmapWeight):
         return _grad_x_by_rows(grad_y, weight)
     for start, stop in strips(k, n * grad_y.element_size(), weight.device):
         torch.mm(grad_y, weight.dense_columns(start, stop, grad_y.dtype), out=grad_x[:, start:stop])
