@@ -136,6 +136,8 @@ def test_gradients_of_a_weight_are_exact_over_many_tiles():
         assert torch.equal(dense, torch.where(kept, expected, 0.0))
         assert torch.equal(grad_at(one, other, places, F32), expected[kept])
     assert torch.equal(grad_at(grad_y, x, places, F16), expected[kept].to(F16))
+    lone = positions(torch.tensor([3 * k + 7, n * k - 1]), (n, k))  # alone in their tiles
+    assert torch.equal(grad_at(grad_y, x, lone, F32), torch.stack((expected[3, 7], expected[-1, -1])))
 
 
 @pytest.mark.usefixtures("tiny")

@@ -61,12 +61,12 @@ def masked_gemm(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = 
 def _form(x: Tensor, weight: Tensor, columns: int, by_rows: bool) -> tuple[str, Any]:
     """The first form that takes these strides and addresses and has a configuration for these sizes, and that."""
     form = "masked_grad_x" if by_rows else "masked_gemm"
-    arch, sizes = _launch.architecture(x.device), {"m": _launch.bucket(x.shape[0]), "n": columns}
+    arch, m = _launch.architecture(x.device), _launch.bucket(x.shape[0])
     if x.dtype.itemsize == 2 and rows_fit(x) and rows_fit(weight):
-        config = tuning.config(arch, f"{form}_tma", x.dtype, **sizes)
+        config = tuning.config(arch, f"{form}_tma", x.dtype, m=m, n=columns)
         if config is not None:
             return f"{form}_tma", config
-    return form, tuning.config(arch, form, x.dtype, **sizes)
+    return form, tuning.config(arch, form, x.dtype, m=m, n=columns)
 
 
 @triton.jit(do_not_specialize=["M"])
