@@ -61,13 +61,11 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
     compile_cxx = [cxx, *CXX_FLAGS.split(), *includes()]
     if name == "_cpu":
         # OpenMP is compiled in but not linked: peft_kernels/_native.py binds it to the runtime that torch has loaded,
-        # since a second runtime would bring a second pool of threads.
-        sources = ["cpu_bindings.cpp", "philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp"]
-        sources += ["dora_linear.cpp", "gated_activation.cpp", "multi_lora_linear.cpp", "cpu_bindings_multi_lora.cpp"]
-        sources += ["cpu_bindings_nf4.cpp", "nf4_dequantize.cpp", "nf4_quantize.cpp", "nf4_linear.cpp"]
-        sources += ["cpu_bindings_mask.cpp", "mask.cpp", "masked_linear.cpp"]
-        sources += ["cpu_bindings_block.cpp", "block_linear.cpp"]
-        sources += ["cpu_bindings_sparse_delta.cpp", "sparse_delta_linear.cpp"]
+        # since a second runtime would bring a second pool of threads. What takes longest to compile begins first.
+        sources = ["multi_lora_linear.cpp", "cpu_bindings_all.cpp", "nf4_linear.cpp", "masked_linear.cpp"]
+        sources += ["philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp", "dora_linear.cpp"]
+        sources += ["gated_activation.cpp", "nf4_dequantize.cpp", "nf4_quantize.cpp", "mask.cpp", "block_linear.cpp"]
+        sources += ["sparse_delta_linear.cpp"]
         return sources, {".cpp": [*compile_cxx, "-fopenmp"]}, [cxx, "-shared"]
     nvcc = find("NVCC", "nvcc")
     commands = {
@@ -76,9 +74,8 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
     }
     # The runtime is linked in and its symbols hidden, so that the module loads beside any torch and without a driver.
     link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}", "-Xlinker=--exclude-libs,ALL", *gencode()]
-    sources = ["cuda_bindings.cpp", "cuda_bindings_nf4.cpp", "philox_dropout.cu", "splitk_reduce.cu"]
-    sources += ["nf4_linear.cu", "lora_down.cu", "cuda_bindings_multi_lora.cpp", "multi_lora_linear.cu"]
-    sources += ["cuda_bindings_bitmap.cpp", "bitmap_linear.cu"]
+    sources = ["nf4_linear.cu", "multi_lora_linear.cu", "bitmap_linear.cu", "cuda_bindings_all.cpp"]
+    sources += ["philox_dropout.cu", "splitk_reduce.cu", "lora_down.cu"]
     return sources, commands, link
 
 

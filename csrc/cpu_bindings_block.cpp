@@ -7,7 +7,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-namespace {
+namespace block_bindings {
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -49,9 +49,10 @@ void gradient(PEFT_KERNELS_BLOCK_PARAMETERS, int64_t m, uintptr_t grad_y, int64_
                         {pointer<void>(x), x_stride, dtype}, {pointer<void>(grad), block, dtype}, threads);
 }
 
-}  // namespace
+}  // namespace block_bindings
 
 void bind_block(py::module_& m) {
+  using namespace block_bindings;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("block_linear_forward", &forward, unlocked);
   m.def("block_linear_backward", &backward, unlocked);

@@ -12,7 +12,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-namespace {
+namespace mask_bindings {
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -86,9 +86,10 @@ void linear_grad_values(int64_t m, int64_t n, int64_t k, int dtype, uintptr_t gr
 
 void advise(uintptr_t data, int64_t bytes) { advise_huge_pages(pointer<void>(data), bytes); }
 
-}  // namespace
+}  // namespace mask_bindings
 
 void bind_mask(py::module_& m) {
+  using namespace mask_bindings;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("advise_huge_pages", &advise);
   m.def("mask_pack", &pack, unlocked);

@@ -11,7 +11,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-namespace {
+namespace multi_lora_bindings {
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -59,9 +59,10 @@ void backward(PEFT_KERNELS_BATCH_PARAMETERS, uintptr_t grad_x, uintptr_t grad_mi
                       pointer<float>(grad_mix), wanted, threads);
 }
 
-}  // namespace
+}  // namespace multi_lora_bindings
 
 void bind_multi_lora(py::module_& m) {
+  using namespace multi_lora_bindings;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("multi_lora_forward", &forward, unlocked);
   m.def("multi_lora_backward", &backward, unlocked);

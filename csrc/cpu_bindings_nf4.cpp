@@ -7,7 +7,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-namespace {
+namespace nf4_bindings {
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -50,9 +50,10 @@ void linear_backward(PEFT_KERNELS_NF4_PARAMETERS, int64_t m, int dtype, uintptr_
                       {pointer<void>(grad_x), k, dtype}, threads);
 }
 
-}  // namespace
+}  // namespace nf4_bindings
 
 void bind_nf4(py::module_& m) {
+  using namespace nf4_bindings;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("nf4_dequantize", &dequantize, unlocked);
   m.def("nf4_quantize", &quantize, unlocked);

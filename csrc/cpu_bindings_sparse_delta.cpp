@@ -11,7 +11,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-namespace {
+namespace sparse_delta_bindings {
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -41,9 +41,10 @@ void backward(int64_t n, int64_t k, const std::vector<DeltaTuple>& deltas, int d
                         {pointer<void>(x), x_stride, dtype}, {pointer<void>(grad_x), k, kFloat32}, threads);
 }
 
-}  // namespace
+}  // namespace sparse_delta_bindings
 
 void bind_sparse_delta(py::module_& m) {
+  using namespace sparse_delta_bindings;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("sparse_delta_forward", &forward, unlocked);
   m.def("sparse_delta_backward", &backward, unlocked);

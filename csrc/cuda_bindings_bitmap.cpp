@@ -9,7 +9,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-namespace {
+namespace bitmap_bindings {
 
 // The weight's shape and numbers, without its tensors.
 BitmapWeight shape(int64_t n, int64_t k, int panels, int most_slots) {
@@ -41,9 +41,10 @@ void linear(int device, uintptr_t stream, int64_t n, int64_t k, int panels, int 
   check("bitmap_linear", launch_bitmap_linear({device, pointer<void>(stream)}, weight, dtype, call, plan));
 }
 
-}  // namespace
+}  // namespace bitmap_bindings
 
 void bind_bitmap(py::module_& m) {
+  using namespace bitmap_bindings;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   py::class_<BitmapGpu>(m, "BitmapGpu")
       .def(py::init<int, int, bool>(), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("clusters"))

@@ -13,7 +13,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-namespace {
+namespace multi_lora_bindings {
 
 // Of each projection: y, the layer of the table, rows of B.
 using Projections = std::vector<std::tuple<uintptr_t, int, int>>;
@@ -32,8 +32,9 @@ void linear(int device, uintptr_t stream, int64_t tokens, int k, int rank, int x
   check("multi_lora_linear", launch_multi_lora_linear({device, pointer<void>(stream)}, call));
 }
 
-}  // namespace
+}  // namespace multi_lora_bindings
 
 void bind_multi_lora(py::module_& m) {
+  using namespace multi_lora_bindings;
   m.def("multi_lora_linear", &linear, py::call_guard<py::gil_scoped_release>());
 }

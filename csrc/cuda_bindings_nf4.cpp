@@ -11,7 +11,7 @@
 namespace py = pybind11;
 using namespace peft_kernels;
 
-namespace {
+namespace nf4_bindings {
 
 // n, k, row stride, first element, blocksize; the weight's five tensors, null where there is none.
 Nf4Weight weight(int64_t n, int64_t k, int64_t row_stride, int64_t first, int64_t blocksize, uintptr_t packed,
@@ -57,9 +57,10 @@ void lora_down(int device, uintptr_t stream, int m, int r, int64_t k, int dtype,
                                       pointer<void>(lora_A), A_stride, pointer<void>(s)));
 }
 
-}  // namespace
+}  // namespace nf4_bindings
 
 void bind_nf4(py::module_& m) {
+  using namespace nf4_bindings;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   py::class_<Nf4Plan>(m, "Nf4Plan")
       .def_readonly("units", &Nf4Plan::units)
