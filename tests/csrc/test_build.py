@@ -25,7 +25,7 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "csrc").mkdir()
     for source in [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc").glob("*.cu")]:
         (tmp_path / "csrc" / source.name).write_text("")
-    (tmp_path / "csrc" / "cpu_bindings.cpp").write_text(STUB.format(module="_cpu", answer=42))
+    (tmp_path / "csrc" / "cpu_bindings_all.cpp").write_text(STUB.format(module="_cpu", answer=42))
     (tmp_path / "peft_kernels").mkdir()
     (tmp_path / "peft_kernels" / "__init__.py").write_text("")
     return tmp_path
@@ -112,7 +112,7 @@ def test_builds_loads_and_notices_changes(tree, ninja):
                 (tools / name).symlink_to(found)
         environment["PATH"] = str(tools)
     (tree / "csrc" / "answer.h").write_text("constexpr int answer = 1;\n")
-    (tree / "csrc" / "cpu_bindings.cpp").write_text(
+    (tree / "csrc" / "cpu_bindings_all.cpp").write_text(
         '#include "answer.h"\n' + STUB.format(module="_cpu", answer="answer")
     )
 
