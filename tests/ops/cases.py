@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 
+import pytest
 import torch
 
+from tests.backends import across
 from tests.problems import (
     DoraProblem,
     EmbeddingProblem,
@@ -122,12 +124,51 @@ FIELDS = {
 }  # fmt: skip
 
 
+def options_of(op: str) -> set[str]:
+    """What a problem of `op` can be told."""
+    return {field.name for field in fields(FIELDS[op]) if field.init}
+
+
 def problem_of(op: str, m: int = 34, k: int = 31, n: int = 23, r: int = 4, **options) -> Problem:
     """A problem of `op` of m rows, K = k (rows of the table for an embedding), N = n; options it lacks are ignored."""
-    known = {field.name for field in fields(FIELDS[op]) if field.init}
+    known = options_of(op)
     return BUILDERS[op](m, k, n, r, **{name: value for name, value in options.items() if name in known})
 
 
 def tiny(op: str, **options) -> Problem:
     """For finite differences."""
     return problem_of(op, 4, 5, 4, 2, **options)
+
+
+def over(names: str, ops: Iterable[str], cases: Sequence, **some: Sequence):
+    """Parametrises a test by `backend` over implementations of `ops` and by `names` over the cases.
+
+    A GPU's kernels take all of them. `some` names those of the implementations that differ in less: `reference` and
+    `composed` leave sizes and ranks to PyTorch's matmuls, so that one case for each rule is all that they have. A case
+    that is another's twin for an op without ranks, dropout or adapters of their own dtype is left out.
+    """
+    columns = names.split(",")
+    parameters = []
+    for op in ops:
+        known = options_of(op)
+        for placement in across(op):
+            seen = set()
+            for case in some.get(placement.values[0].name, cases):
+                values = case if len(columns) > 1 else (case,)
+                key = tuple(_matters(op, known, *pair) for pair in zip(columns, values, strict=True))
+                if key not in seen:
+                    seen.add(key)
+                    name = "-".join([placement.id, *map(_id, values)])
+                    parameters.append(pytest.param(*placement.values, *values, id=name, marks=placement.marks))
+    return pytest.mark.parametrize(("backend", *columns), parameters, indirect=["backend"])
+
+
+def _matters(op: str, known: set[str], column: str, value):
+    if column == "dtypes" and "adapter_dtype" not in known:
+        return value[0]
+    without = {"dropout_p": "dropout_p" not in known, "r": op in RANKLESS}
+    return None if without.get(column) else value
+
+
+def _id(value) -> str:
+    return dtype_id(value) if isinstance(value, tuple) and value and isinstance(value[0], torch.dtype) else str(value)

@@ -11,13 +11,12 @@ import torch
 from peft_kernels import use_backend
 from tests.backends import across, on_cpu
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
-from tests.ops.cases import BF16, DTYPES, F32, F64, LINEAR, NEW, RANKLESS, dtype_id, problem_of, tiny
+from tests.ops.cases import BF16, DTYPES, F16, F32, F64, LINEAR, NEW, RANKLESS, over, problem_of, tiny
 
-EVERY_OP = pytest.mark.parametrize("backend", across("lora_linear", *NEW), indirect=True)
+EVERY_OP = ("lora_linear", *NEW)
+RANKED = [op for op in EVERY_OP if op not in RANKLESS]
 NEW_OPS = pytest.mark.parametrize("backend", across(*NEW), indirect=True)
-RANKED = pytest.mark.parametrize(
-    "backend", across("lora_linear", *(op for op in NEW if op not in RANKLESS)), indirect=True
-)
+PLAIN, MIXED = (F32, F32), (BF16, F32)
 
 
 def rule_size(op: str) -> tuple[int, int, int, int]:
@@ -30,12 +29,14 @@ OF_AN_X = pytest.mark.parametrize("backend", across(*LINEAR), indirect=True)
 
 # 16-bit matmuls of a size that a CPU has not seen are compiled first, which takes most of the time of a small test:
 # few sizes and ranks see all dtypes.
-@pytest.mark.parametrize(
-    ("r", "dtypes"),
-    [(r, (F32, F32)) for r in (1, 2, 3, 4, 8, 12, 16, 64, 256, 384)] + [(r, (BF16, F32)) for r in (1, 3, 12, 384)],
-    ids=lambda value: dtype_id(value) if isinstance(value, tuple) else None,
+@over(
+    "r,dtypes",
+    RANKED,
+    [(r, PLAIN) for r in (1, 2, 3, 4, 8, 12, 16, 64, 256, 384)] + [(r, MIXED) for r in (1, 3, 12, 384)],
+    cpu=[(r, PLAIN) for r in (1, 3, 8, 12, 64, 384)] + [(r, MIXED) for r in (1, 12)],
+    composed=[(1, PLAIN), (8, PLAIN), (384, PLAIN), (12, MIXED)],
+    reference=[(1, PLAIN), (12, MIXED)],
 )
-@RANKED
 def test_every_rank(backend, r, dtypes):
     problem = problem_of(
         backend.op, 37, 43, 29, r, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=0.2 * (r % 8 != 0),
@@ -44,16 +45,21 @@ def test_every_rank(backend, r, dtypes):
     assert_within_rounding(problem, problem.run())
 
 
-@pytest.mark.parametrize(
-    ("m", "k", "n", "dtypes"),
-    [
-        (*size, dtypes)
-        for size in ((4, 1, 1), (5, 1, 31), (7, 48, 1), (129, 17, 101), (66, 67, 5), (130, 129, 65))
-        for dtypes in ([*DTYPES, (F32, BF16), (F64, F64)] if size == (66, 67, 5) else [(F32, F32), (F64, F64)])
-    ],
-    ids=lambda value: dtype_id(value) if isinstance(value, tuple) else None,
+SIZES = ((4, 1, 1), (5, 1, 31), (7, 48, 1), (129, 17, 101), (66, 67, 5), (130, 129, 65))
+OF_ALL_DTYPES = (66, 67, 5)
+PAIRS = [*DTYPES, (F32, BF16), (F64, F64)]
+
+
+@over(
+    "m,k,n,dtypes",
+    NEW,
+    [(*size, pair) for size in SIZES for pair in (PAIRS if size == OF_ALL_DTYPES else [PLAIN, (F64, F64)])],
+    # Those of a CPU decline float64.
+    cpu=[(*size, pair) for size in SIZES for pair in (PAIRS[:-1] if size == OF_ALL_DTYPES else [PLAIN])],
+    composed=[(*size, PLAIN) for size in SIZES if size != OF_ALL_DTYPES]
+    + [(*OF_ALL_DTYPES, pair) for pair in ((F16, F16), MIXED, (F32, BF16), (F64, F64))],
+    reference=[(4, 1, 1, PLAIN), (129, 17, 101, PLAIN), (*OF_ALL_DTYPES, MIXED), (*OF_ALL_DTYPES, (F64, F64))],
 )
-@NEW_OPS
 def test_sizes_that_divide_nothing(backend, m, k, n, dtypes):
     problem = problem_of(
         backend.op, m, k, n, 5, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=0.3 * (k > 17),
@@ -62,12 +68,16 @@ def test_sizes_that_divide_nothing(backend, m, k, n, dtypes):
     assert_within_rounding(problem, problem.run())
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "dropout_p"),
-    [*zip(DTYPES, (0.3, 0.0, 0.3, 0.0, 0.3), strict=True), ((F32, F32), 0.0)],
-    ids=lambda value: dtype_id(value) if isinstance(value, tuple) else None,
+WITH_DROPOUT = [*zip(DTYPES, (0.3, 0.0, 0.3, 0.0, 0.3), strict=True), (PLAIN, 0.0)]
+
+
+@over(
+    "dtypes,dropout_p",
+    EVERY_OP,
+    WITH_DROPOUT,
+    composed=[(PLAIN, 0.3), (PLAIN, 0.0), ((F16, F16), 0.0), (MIXED, 0.3)],
+    reference=[(PLAIN, 0.3), (MIXED, 0.0)],
 )
-@EVERY_OP
 def test_as_accurate_as_eager(backend, dtypes, dropout_p):
     """The accuracy rule, at sizes where the ratio of two errors is not a matter of luck. All ranks are past those
     few columns for which CPU matmuls have kernels of their own, with shorter sums (11 in MKL: half the error)."""
@@ -82,8 +92,7 @@ def test_as_accurate_as_eager(backend, dtypes, dropout_p):
     assert_as_accurate_as_eager(problem, problem.run())
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-@EVERY_OP
+@over("precision", EVERY_OP, ["high", "medium"], cpu=["medium"], reference=["medium"])
 def test_float32_matmul_precision(backend, precision):
     """Whatever users allow float32 matmuls to round, the library's round no more than PyTorch's own."""
     before = torch.get_float32_matmul_precision()
@@ -95,8 +104,7 @@ def test_float32_matmul_precision(backend, precision):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@EVERY_OP
+@over("dropout_p", EVERY_OP, [0.0, 0.4], cpu=[], reference=[0.4])  # in float64, which those of a CPU decline
 def test_gradcheck(backend, dropout_p):
     """Gradients equal finite differences of the forward pass, dropout included (the seed fixes its mask)."""
     problem = tiny(backend.op, dtype=F64, dropout_p=dropout_p, device=backend.device)
@@ -123,9 +131,14 @@ def strided(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return other.requires_grad_()
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@NEW_OPS
+@over(
+    "dtype,layout",
+    NEW,
+    [(dtype, layout) for dtype in (F32, BF16) for layout in ("transposed", "sliced")],
+    cpu=[(F32, "transposed"), (F32, "sliced"), (BF16, "sliced")],
+    composed=[(F32, "sliced"), (BF16, "transposed")],
+    reference=[(F32, "transposed"), (BF16, "sliced")],
+)
 def test_strides_of_every_input(backend, dtype, layout):
     """All tensors at once, the incoming gradients too."""
     problem = problem_of(backend.op, 34, 31, 18, dtype=dtype, dropout_p=0.2, device=backend.device)
@@ -160,7 +173,7 @@ def test_same_bits_every_time_and_nothing_written_into(backend):
     tensors = {name: tensor for name, tensor in problem.tensors.items() if tensor is not None}
     before = {name: (tensor.detach().clone(), tensor._version) for name, tensor in tensors.items()}
     first = named(problem.run())
-    for _ in range(3):
+    for _ in range(2):
         again = named(problem.run())
         assert all(torch.equal(again[name], first[name]) for name in first)
     for name, tensor in tensors.items():
@@ -168,12 +181,13 @@ def test_same_bits_every_time_and_nothing_written_into(backend):
         assert tensor._version == before[name][1], name
 
 
-@pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 0), (3, 1, 5)], ids=str)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize(
-    "backend",
-    across("lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_embedding", "nf4_linear", "nf4_lora_linear"),
-    indirect=True,
+@over(
+    "dropout_p,batch",
+    ("lora_linear_group", "dora_linear", "lora_swiglu_mlp", "lora_embedding", "nf4_linear", "nf4_lora_linear"),
+    [(p, batch) for p in (0.3, 0.0) for batch in ((), (1,), (0,), (2, 0), (3, 1, 5))],
+    cpu=[(0.3, ()), (0.0, ()), (0.0, (1,)), (0.3, (0,)), (0.0, (2, 0)), (0.3, (3, 1, 5)), (0.0, (3, 1, 5))],
+    composed=[(0.3, ()), (0.0, (1,)), (0.3, (0,)), (0.0, (2, 0)), (0.3, (3, 1, 5))],
+    reference=[(0.3, ()), (0.0, (0,)), (0.3, (3, 1, 5))],
 )
 def test_batches_of_every_shape(backend, dropout_p, batch):
     """A vector, no rows at all, several dimensions."""
