@@ -3,9 +3,10 @@ lottery-ticket rounds and movement pruning.
 
     python -m benchmarks.pruning_recall [--steps 40] [--rounds 3] [--rate 0.25] [--sparsity 0.5] [--json FILE]
 
-All trainings fine-tune every parameter by AdamW on the same batches, from the pretrained weights; recall is of the
-demo's held-out pairs. A lottery round trains, prunes by magnitude, rewinds to the pretrained weights and trains again.
-A few dozen steps say whether a method works and no more: what pruning costs after a full fine-tuning is another matter.
+All trainings fine-tune every parameter by AdamW (movement's scores by SGD) on the same batches, from the pretrained
+weights; recall is of the demo's held-out pairs. A lottery round trains, prunes by magnitude, rewinds to the pretrained
+weights and trains again. A few dozen steps say whether a method works and no more: what pruning costs after a full
+fine-tuning is another matter, of movement pruning above all, which needs weights that have moved.
 """
 
 from __future__ import annotations
@@ -73,17 +74,18 @@ class Experiment:
         """Steps over all parameters, `before` each of which is called with its number; returns recall afterwards."""
         scores = {id(p) for p in score_parameters(model)}
         weights = [p for p in model.parameters() if p.requires_grad and id(p) not in scores]
-        groups: list[dict[str, Any]] = [{"params": weights, "lr": self.options.lr}]
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(weights, lr=self.options.lr, weight_decay=0.01)]
         if scores:
-            groups.append({"params": score_parameters(model), "lr": self.options.score_lr, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+            # Adam would make steps of one size of what differs by orders of magnitude, and that is the ranking.
+            optimizers.append(torch.optim.SGD(score_parameters(model), lr=self.options.score_lr))
         model.train()
         for step, batch in zip(range(self.options.steps), self.batches(), strict=False):
             if before is not None:
                 before(step)
             self.task.loss(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         return self.recall(model)
 
     def recall(self, model: nn.Module) -> float:
