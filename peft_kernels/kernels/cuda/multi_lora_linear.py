@@ -17,6 +17,7 @@ from peft_kernels import _native
 from peft_kernels.checks import MAX_RANK
 from peft_kernels.kernels import _base
 from peft_kernels.kernels.composed import multi_lora_linear as composed
+from peft_kernels.kernels.cuda._availability import not_an_nvidia_gpu, not_built
 
 # Above, tokens share adapters in most batches, and a kernel that takes the tokens of an adapter together reads each
 # adapter once; this one would read them 256 times, longer than a sort takes.
@@ -31,10 +32,8 @@ backward = composed.backward  # of problems that another implementation computed
 
 
 def unsupported(problem) -> str | None:
-    if problem.device != "cuda":
-        return f"for CUDA tensors; x is on {problem.device}"
-    if torch.version.hip is not None:
-        return "written for NVIDIA GPUs, not for ROCm"
+    if (reason := not_an_nvidia_gpu(problem)) is not None:
+        return reason
     if problem.train or problem.dropout:
         return "does not keep S for gradients, nor drop"
     if problem.dtype not in X_DTYPES:
@@ -51,9 +50,7 @@ def unsupported(problem) -> str | None:
         return "nothing to compute"
     if max(problem.k, *problem.ns) > _MAX_SIZE:
         return f"a side of a weight is above {_MAX_SIZE}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(problem.device_index) < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    return _native.why_not("_cuda")
+    return not_built(problem)
 
 
 def unproven(problem) -> str | None:

@@ -12,15 +12,15 @@ row, odd K and odd starts included, takes a form of about twice the instructions
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from peft_kernels import _native, dispatch
+from peft_kernels import _native
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels.composed import nf4_linear as composed
 from peft_kernels.kernels.cpu.nf4_dequantize import arguments, contiguous
+from peft_kernels.kernels.cuda._availability import next_implementation, not_an_nvidia_gpu, not_built
 from peft_kernels.ops.nf4_linear import problem
 
 MAX_ROWS = 16
@@ -30,10 +30,8 @@ _MAX_SIZE, _MAX_ELEMENTS = 0x7FFF0000, 32 * 0x7FFF0000
 
 
 def unsupported(problem) -> str | None:
-    if problem.device != "cuda":
-        return f"for CUDA tensors; x is on {problem.device}"
-    if torch.version.hip is not None:
-        return "written for NVIDIA GPUs, not for ROCm"
+    if (reason := not_an_nvidia_gpu(problem)) is not None:
+        return reason
     if problem.dtype not in DTYPES:
         return f"multiplies in float16 and bfloat16, not in {problem.dtype}"
     if problem.m > MAX_ROWS:
@@ -42,9 +40,7 @@ def unsupported(problem) -> str | None:
         return "nothing to compute"
     if max(problem.n, problem.k) > _MAX_SIZE:
         return f"a side of the weight is above {_MAX_SIZE}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(problem.device_index) < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    return _native.why_not("_cuda")
+    return not_built(problem)
 
 
 def unproven(problem) -> str | None:
@@ -57,14 +53,7 @@ def forward(x, q, bias):
 
 def backward(grad_y, q):
     """dx by the implementation that is next in the order: this one has no kernel for it."""
-    return _for_dx(problem(grad_y, q)).backward(grad_y, q)
-
-
-@functools.lru_cache(maxsize=4096)
-def _for_dx(wanted) -> ModuleType:
-    backends = (backend for backend in dispatch.ORDER["nf4_linear"] if backend != "cuda")
-    backend = next(b for b in backends if dispatch.objection("nf4_linear", b, wanted) is None)
-    return dispatch.implementation("nf4_linear", backend)
+    return next_implementation("nf4_linear", problem(grad_y, q)).backward(grad_y, q)
 
 
 def fits(q: NF4Weight) -> bool:

@@ -11,15 +11,15 @@ How K is split is a function of the weight and the GPU, not of M: a row has the 
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels import _native, dispatch
+from peft_kernels import _native
 from peft_kernels.formats.bitmap import BitmapWeight
 from peft_kernels.kernels.composed import sparse_linear as composed
+from peft_kernels.kernels.cuda._availability import next_implementation, not_an_nvidia_gpu, not_built
 from peft_kernels.kernels.cuda.nf4_linear import aligned_rows
 from peft_kernels.ops.sparse_linear import problem
 
@@ -31,12 +31,10 @@ _X_COLUMNS = 8  # that the kernel loads at once
 
 
 def unsupported(problem) -> str | None:
-    if problem.device != "cuda":
-        return f"for CUDA tensors; x is on {problem.device}"
+    if (reason := not_an_nvidia_gpu(problem)) is not None:
+        return reason
     if problem.layout != "bitmap":
         return f"for layout 'bitmap'; the weight has {problem.layout!r}"
-    if torch.version.hip is not None:
-        return "written for NVIDIA GPUs, not for ROCm"
     if problem.dtype not in DTYPES:
         return f"multiplies in float16 and bfloat16, not in {problem.dtype}"
     if problem.weight_dtype != problem.dtype:
@@ -47,9 +45,7 @@ def unsupported(problem) -> str | None:
         return "nothing to compute"
     if max(problem.n, problem.k) > _MAX_SIZE:
         return f"a side of the weight is above {_MAX_SIZE}"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(problem.device_index) < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    return _native.why_not("_cuda")
+    return not_built(problem)
 
 
 def unproven(problem) -> str | None:
@@ -65,14 +61,7 @@ def forward(x, weight, bias):
 
 def backward(grad_y, x, weight, needs):
     """The gradients by the implementation that is next in the order: this one has no kernel for them."""
-    return _for_gradients(problem(grad_y, weight)).backward(grad_y, x, weight, needs)
-
-
-@functools.lru_cache(maxsize=4096)
-def _for_gradients(wanted) -> ModuleType:
-    backends = (backend for backend in dispatch.ORDER["sparse_linear"] if backend != "cuda")
-    backend = next(b for b in backends if dispatch.objection("sparse_linear", b, wanted) is None)
-    return dispatch.implementation("sparse_linear", backend)
+    return next_implementation("sparse_linear", problem(grad_y, weight)).backward(grad_y, x, weight, needs)
 
 
 def padded_rows(x: Tensor) -> Tensor:
