@@ -1,4 +1,4 @@
-"""2:4 weights through PyTorch's semi-structured tensors (CUTLASS, cuSPARSELt): y, and dx where a transposed copy exists.
+"""2:4 weights through PyTorch's semi-structured tensors (CUTLASS, cuSPARSELt): y, and dx by a transposed copy.
 
 Thin on purpose, and never run: there was no GPU. PyTorch's own reports: slower than dense with few rows (0.11x at one
 row), 1.15x and more from about 3000 (pytorch#111339, #153825).
