@@ -14,7 +14,7 @@ import peft_kernels
 from peft_kernels import functional
 from tests.backends import across
 from tests.helpers import assert_within_rounding, named
-from tests.ops.cases import BF16, F32, LINEAR, problem_of
+from tests.ops.cases import BF16, F32, LINEAR, over, problem_of
 
 OPS = ("lora_linear", *LINEAR)
 OF_AN_X = pytest.mark.parametrize("backend", across(*OPS), indirect=True)
@@ -99,7 +99,7 @@ def test_t05_expectation_and_true_zeros(backend):
     if backend.op != "lora_swiglu_mlp":  # whose activation does not commute with a mean
         problem.freeze_all_but()
         plain = outputs(problem.call(training=False))
-        draws = [outputs(problem.call(seed=1000 * i)) for i in range(200)]
+        draws = [outputs(problem.call(seed=1000 * i)) for i in range(100)]
         for j, truth in enumerate(plain):
             samples = torch.stack([draw[j] for draw in draws]).double()
             error = (samples.mean(0) - truth).abs() / (samples.std(0) / len(draws) ** 0.5 + 1e-6)
@@ -142,8 +142,7 @@ def test_t07_float32_residual_stream_under_autocast(backend):
     assert bool(grad.isfinite().all())
 
 
-@pytest.mark.parametrize(("k", "n"), [(9, 65), (17, 15), (33, 127)])
-@OF_AN_X
+@over("k,n", OPS, [(9, 65), (17, 15), (33, 127)], composed=[(33, 127)], reference=[(33, 127)])
 def test_t08_no_multiple_of_a_tile_with_poisoned_neighbours(backend, k, n):
     """What lies behind each row of each tensor is NaN: a load without its mask shows."""
     problem = problem_of(backend.op, 34, k, n, dropout_p=0.3, device=backend.device)
@@ -156,8 +155,7 @@ def test_t08_no_multiple_of_a_tile_with_poisoned_neighbours(backend, k, n):
     assert_within_rounding(problem, problem.run())
 
 
-@pytest.mark.parametrize("r", [1, 3, 8, 48, 384])
-@OF_AN_X
+@over("r", OPS, [1, 3, 8, 48, 384], cpu=[1, 3, 48], composed=[3, 384], reference=[3])
 def test_t09_ranks(backend, r):
     problem = problem_of(backend.op, r=r, device=backend.device)
     assert_within_rounding(problem, problem.run())
@@ -181,10 +179,14 @@ def test_t10_square_weight_stored_in_by_out():
 def test_t11_packed_weights_are_refused(op):
     """4-bit weights are bytes of another shape: they must not reach a matmul as numbers."""
     problem = problem_of(op)
-    name = "weight" if "weight" in problem.tensors else "weights.0"
-    packed = torch.zeros(problem.tensors[name].shape, dtype=torch.uint8)
+    changed = dict(problem.tensors)
+    if op == "masked_lora_linear":  # whose weight is frozen, and so none of its leaves
+        problem.weight = torch.zeros(problem.weight.shape, dtype=torch.uint8)
+    else:
+        name = "weight" if "weight" in changed else "weights.0"
+        changed[name] = torch.zeros(changed[name].shape, dtype=torch.uint8)
     with pytest.raises(TypeError, match=r"dtype torch\.uint8; expected float32"):
-        problem.call({**problem.tensors, name: packed})
+        problem.call(changed)
 
 
 @pytest.mark.parametrize("op", [*OPS, "lora_embedding"])
@@ -224,7 +226,7 @@ def test_t13_scaling_is_no_constant_of_a_graph(op):
         return outputs(problem.call(**{name: scaling}))
 
     compiled = torch.compile(call, fullgraph=True, backend=counter)
-    for scaling in (0.5, 1.5, 2.0, 4.0, 0.25):
+    for scaling in (0.5, 1.5, 2.0, 4.0):
         torch.testing.assert_close(compiled(scaling), call(scaling))
     assert counter.frame_count <= 2
     torch._dynamo.reset()
