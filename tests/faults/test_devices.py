@@ -332,6 +332,8 @@ def test_public_functions_have_no_hidden_defaults():
         "scalings": None, "adapter_weights": None, "biases": None, "lora_bias": None, "seed": None,
         "token_mask": None, "weight_norm": None, "weight_norm_squared": None, "padding_idx": None, "dtype": None,
         "blocksize": 64, "double_quant": True,  # QLoRA's
+        "threshold": None, "magnitude": False, "weight_is_masked": False, "grad_layout": "dense", "values": None,
+        "places": None, "update_masked": False, "delta_ids": None,
     }  # fmt: skip
     for op in functional.__all__:
         for name, parameter in inspect.signature(getattr(functional, op)).parameters.items():
