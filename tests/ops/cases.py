@@ -140,7 +140,7 @@ def tiny(op: str, **options) -> Problem:
     return problem_of(op, 4, 5, 4, 2, **options)
 
 
-def over(names: str, ops: Iterable[str], cases: Sequence, **some: Sequence):
+def over(names: str, ops: Iterable[str], cases: Sequence, id_of: Callable | None = None, **some: Sequence):
     """Parametrises a test by `backend` over implementations of `ops` and by `names` over the cases.
 
     A GPU's kernels take all of them. `some` names those of the implementations that differ in less: `reference` and
@@ -158,7 +158,7 @@ def over(names: str, ops: Iterable[str], cases: Sequence, **some: Sequence):
                 key = tuple(_matters(op, known, *pair) for pair in zip(columns, values, strict=True))
                 if key not in seen:
                     seen.add(key)
-                    name = "-".join([placement.id, *map(_id, values)])
+                    name = "-".join([placement.id, *map(id_of or _id, values)])
                     parameters.append(pytest.param(*placement.values, *values, id=name, marks=placement.marks))
     return pytest.mark.parametrize(("backend", *columns), parameters, indirect=["backend"])
 

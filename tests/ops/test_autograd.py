@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.backends import across
 from tests.helpers import assert_within_rounding, named
-from tests.ops.cases import BF16, F32, LINEAR, NEW, problem_of
+from tests.ops.cases import BF16, F32, LINEAR, NEW, over, problem_of
 
 NEW_OPS = pytest.mark.parametrize("backend", across(*NEW), indirect=True)
 OF_AN_X = pytest.mark.parametrize("backend", across(*LINEAR), indirect=True)
@@ -62,8 +62,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@NEW_OPS
+@over("dropout_p", NEW, [0.0, 0.25])
 def test_kept_bytes(backend, dropout_p):
     """x, S and the seeds, each once for a whole group; gate and up of a block; no mask, no copy, no cast adapter."""
     problem = problem_of(
@@ -105,8 +104,7 @@ def test_what_the_magnitude_scales_is_not_kept_where_it_is_frozen(backend):
     assert_within_rounding(problem, result)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@NEW_OPS
+@over("dropout_p", NEW, [0.0, 0.25], composed=[0.25], reference=[0.25])
 def test_each_gradient_alone_and_all_but_it(backend, dropout_p):
     """The wanted gradients are right and the others are not returned: trained base weights and biases too."""
     problem = problem_of(backend.op, 10, 13, 9, 3, dropout_p=dropout_p, device=backend.device)

@@ -15,7 +15,10 @@ from tests.helpers import RATIO, LoraProblem, relative_error
 EVERYWHERE = pytest.mark.parametrize("backend", everywhere("lora_linear"), indirect=True)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-GRID = list(itertools.product((F32, BF16, F16), (F32, BF16, F16), (F32, BF16, F16), (BF16, F16)))
+# All dtypes of x, of the base and of the adapter, under either autocast dtype by turns: nine of each dtype, so that it
+# meets both.
+TRIPLES = itertools.product((F32, BF16, F16), repeat=3)
+GRID = [(*triple, (BF16, F16)[i % 2]) for i, triple in enumerate(TRIPLES)]
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 
 

@@ -18,13 +18,14 @@ from peft_kernels.kernels.composed import nf4_linear as composed
 from peft_kernels.problems import Draw, nf4_decoded, nf4_weight
 from tests.backends import across, everywhere, on_cpu
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
-from tests.ops.cases import BF16, DTYPES, F16, F32, F64, dtype_id
+from tests.ops.cases import BF16, DTYPES, F16, F32, F64, dtype_id, over
 from tests.ops.test_accuracy import strided
 from tests.problems import Nf4LoraProblem, Nf4Problem, Problem
 from tests.problems.nf4 import PARTS, huge_weight, part_of
 
 LINEAR = pytest.mark.parametrize("backend", everywhere("nf4_linear"), indirect=True)
 BOTH = pytest.mark.parametrize("backend", across("nf4_linear", "nf4_lora_linear"), indirect=True)
+CLASSES = {"nf4_linear": Nf4Problem, "nf4_lora_linear": Nf4LoraProblem}
 NAN = float("nan")
 
 BATCHES = ((), (0,), (1,), (2,), (7,), (8,), (16,), (17,), (33,), (2, 0), (1, 1), (2, 3, 5))
@@ -72,8 +73,14 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return strided(tensor, layout).detach().requires_grad_(tensor.requires_grad)
 
 
-@pytest.mark.parametrize("case", grid(), ids=case_id)
-@BOTH
+@over(
+    "case",
+    CLASSES,
+    grid(),
+    id_of=case_id,
+    composed=grid()[::2] + grid()[1::6],
+    reference=grid()[::10] + grid()[1::10],
+)
 def test_awkward_problems(backend, case):
     """Every element of y and of all gradients is right to rounding, at any strides of x and dY."""
     batch, k, n, r, blocksize, nested, part, layout, bias, dropout_p, dtypes = case
@@ -87,9 +94,13 @@ def test_awkward_problems(backend, case):
     assert_within_rounding(problem, problem.run())
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize(("k", "n"), [(33, 70), (95, 33), (67, 64), (70, 129)])
-@LINEAR
+@over(
+    "dtype,k,n",
+    ["nf4_linear"],
+    [(dtype, *size) for dtype in (F32, BF16) for size in ((33, 70), (95, 33), (67, 64), (70, 129))],
+    composed=[(F32, 33, 70), (BF16, 70, 129)],
+    reference=[(F32, 67, 64)],
+)
 def test_every_number_of_rows_with_every_remainder(backend, dtype, k, n):
     """Tiles of rows, of columns and of both have ends of their own."""
     for m in range(1, 20):
@@ -103,12 +114,13 @@ RULE = ((16, 515, 259, 4096, False), (129, 200, 136, 256, True))
 MORE = ((1, 1140, 515, 64, True), (2, 96, 1031, 32, False), (8, 515, 259, 128, True), (17, 515, 259, 64, True))
 
 
-@pytest.mark.parametrize(
-    ("m", "k", "n", "blocksize", "nested", "dtypes"),
+@over(
+    "m,k,n,blocksize,nested,dtypes",
+    CLASSES,
     [(*size, pair) for size in RULE for pair in DTYPES] + [(*size, (BF16, F32)) for size in MORE],
-    ids=lambda value: dtype_id(value) if isinstance(value, tuple) else str(value),
+    composed=[(*size, pair) for size in RULE for pair in ((F32, F32), (F16, F16))] + [(*MORE[2], (BF16, F32))],
+    reference=[(*RULE[1], (F32, F32)), (*MORE[1], (BF16, F32))],
 )
-@BOTH
 def test_as_accurate_as_eager(backend, m, k, n, blocksize, nested, dtypes):
     problem = problem_of(
         backend.op, m, k, n, 24, dtype=dtypes[0], adapter_dtype=dtypes[1], blocksize=blocksize, nested=nested,
@@ -123,9 +135,13 @@ def test_as_accurate_as_eager(backend, m, k, n, blocksize, nested, dtypes):
     assert_as_accurate_as_eager(problem, (y, grads))
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 16, 17, 33, 70])
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@LINEAR
+@over(
+    "m,dtype",
+    ["nf4_linear"],
+    [(m, dtype) for dtype in (F32, F16, BF16) for m in (1, 2, 3, 8, 16, 17, 33, 70)],
+    composed=[(1, F32), (17, F16), (70, BF16)],
+    reference=[(1, BF16), (33, F32)],
+)
 def test_the_same_bits_at_every_number_of_rows_and_in_both_directions(backend, m, dtype):
     """Rows of the identity matrix read single weights off: exactly those of the format, rounded once."""
     for part, blocksize, nested, k, n in (("whole", 64, True, 128, 64), ("corner", 32, False, 67, 70)):

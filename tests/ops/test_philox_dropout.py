@@ -101,9 +101,25 @@ def test_row_offset(backend, offset):
     assert y.tolist() == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (8,), (0, 8), (8, 0), (5, 33), (2, 3, 40), (129, 257)], ids=str)
-@pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.5, 0.999, 1.0])
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SHAPES = ((1,), (8,), (0, 8), (8, 0), (5, 33), (2, 3, 40), (129, 257))
+PROBABILITIES = (0.0, 1e-6, 0.1, 0.5, 0.999, 1.0)
+
+
+# Each p with each shape, in one dtype of four by turns; the large one, which has all kinds of rows, in each dtype.
+@pytest.mark.parametrize(
+    ("p", "shape", "dtype"),
+    [
+        *(
+            (p, shape, DTYPES[(i + j + i // 4) % 4])
+            for i, p in enumerate(PROBABILITIES)
+            for j, shape in enumerate(SHAPES[:-1])
+        ),
+        *((p, SHAPES[-1], dtype) for p in (0.1, 0.999) for dtype in DTYPES),
+        *((p, SHAPES[-1], torch.float32) for p in (0.0, 1e-6, 0.5, 1.0)),
+    ],
+    ids=str,
+)
 @EVERYWHERE
 def test_same_bits_as_the_reference(backend, p, shape, dtype):
     from peft_kernels.ops.philox_dropout import problem
