@@ -359,4 +359,5 @@ _OPTIONS = [
     ),
 ]  # fmt: skip
 
+OF_TENSORS = [*_TENSORS, *_OPTIONS]
 SPOILED = [*_FILES, *_CONFIGS, *_HEADERS, *_TENSORS, *_OPTIONS]

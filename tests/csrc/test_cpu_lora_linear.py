@@ -42,9 +42,19 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("shape", EDGES, ids=str)
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=str)
+DTYPES = ((F32, F32), (BF16, F32), (F16, F16))
+
+
+def by_turns(shapes: tuple) -> pytest.MarkDecorator:
+    """Every shape in every dtype, with and without a mask by turns: each shape and each dtype meets both, and in
+    float32 the shapes about the width of the masks have one."""
+    cases = [
+        (shape, dtypes, (0.0, 0.3)[(i + j) % 2]) for i, shape in enumerate(shapes) for j, dtypes in enumerate(DTYPES)
+    ]
+    return pytest.mark.parametrize(("shape", "dtypes", "dropout_p"), cases, ids=str)
+
+
+@by_turns(EDGES)
 def test_accuracy(width, shape, dtypes, dropout_p):
     m, k, n, r = shape
     problem = LoraProblem(m, k, n, r, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=dropout_p)
@@ -52,9 +62,7 @@ def test_accuracy(width, shape, dtypes, dropout_p):
         assert_as_accurate_as_eager(problem, problem.run())
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("shape", SMALL, ids=str)
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=str)
+@by_turns(SMALL)
 def test_rounding_of_small_layers(width, shape, dtypes, dropout_p):
     m, k, n, r = shape
     assert cpu_kernel.is_small(m, n, k, r)

@@ -18,7 +18,6 @@ from tests.problems.nf4 import PARTS, part_of
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-NESTED = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 SHAPES = ((1, 1), (1, 31), (7, 3420), (5, 96), (33, 65), (40, 1), (3, 64), (2, 8300))  # (n, k)
 BLOCKSIZES = (32, 64, 256, 4096)
 
@@ -33,8 +32,12 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a.view(whole) == b.view(whole)) | (a.isnan() & b.isnan())).all())
 
 
-@NESTED
-@DTYPES
+# Rounding to the result's dtype and the two forms of absmax have code of their own, and do not meet.
+@pytest.mark.parametrize(
+    ("dtype", "nested"),
+    [(F32, False), (F32, True), (BF16, True), (F16, False)],
+    ids=["float32", "nested", "bf16", "f16"],
+)
 @pytest.mark.parametrize("part", PARTS)
 def test_dequantised_bits(nf4_width, part, dtype, nested):
     """Rows that begin in either half of a byte, inside blocks, and end inside them; blocks that straddle rows."""
@@ -106,8 +109,11 @@ def awkward(numel: int, dtype: torch.dtype, scale: float = 0.25) -> Tensor:
     return values.to(dtype)
 
 
-@DTYPES
-@pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
+@pytest.mark.parametrize(
+    ("blocksize", "dtype"),
+    [(32, F32), (64, F32), (512, F32), (4096, F32), (64, BF16), (512, BF16), (32, F16), (4096, F16)],
+    ids=str,
+)
 def test_quantised_bytes(nf4_width, blocksize, dtype):
     for numel in (1, 2, 30, 31, 33, 48, 62, 64, 65, 96, 1000, 4097, 12289):
         weight = awkward(numel, dtype, 0.25 if numel % 2 else 0.3)
