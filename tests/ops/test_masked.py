@@ -14,6 +14,7 @@ from peft_kernels.formats.positions import positions
 from tests.allocations import peak_bytes
 from tests.backends import across
 from tests.helpers import assert_as_accurate_as_eager, assert_within_rounding, named
+from tests.ops.cases import over
 from tests.problems.masked import MaskedLoraProblem, MaskedProblem, MultiMaskProblem, drawn_mask
 
 OPS = ("masked_linear", "masked_lora_linear", "multi_mask_linear")
@@ -24,23 +25,36 @@ EVERY = pytest.mark.parametrize("backend", across(*OPS), indirect=True)
 DENSITIES = (0.0, 0.001, 0.1, 0.5, 0.9, 1.0)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"clean": True}, {"compact": True}, {"nf4": True}, {"compact": True, "clean": True}],
-    ids=lambda options: "-".join(options) or "plain",
+WAYS = ("", "clean", "compact", "nf4", "compact clean")
+
+
+@over(
+    "density,ways",
+    ["masked_linear"],
+    [(density, ways) for density in DENSITIES for ways in WAYS],
+    composed=[(0.0, ""), (0.1, "clean"), (0.001, "compact"), (0.5, "nf4"), (0.9, "compact clean"), (1.0, "compact")],
+    reference=[(0.0, ""), (0.5, "clean"), (0.1, "compact"), (0.9, "nf4"), (1.0, "compact clean")],
 )
-@pytest.mark.parametrize("density", DENSITIES)
-@MASKED
-def test_every_density(backend, density, options):
+def test_every_density(backend, density, ways):
+    options = dict.fromkeys(ways.split(), True)
     problem = MaskedProblem((3, 23), 141, 133, density=density, device=backend.device, **options)
     assert_as_accurate_as_eager(problem, problem.run())
 
 
-@pytest.mark.parametrize("options", [{}, {"nf4": True}, {"clean": True}], ids=lambda options: "-".join(options) or "-")
-@pytest.mark.parametrize("update_masked", [False, True])
-@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-@LORA
-def test_every_density_with_lora(backend, density, update_masked, options):
+@over(
+    "density,update_masked,ways",
+    ["masked_lora_linear"],
+    [
+        (density, masked, ways)
+        for density in (0.0, 0.1, 1.0)
+        for masked in (False, True)
+        for ways in ("", "nf4", "clean")
+    ],
+    composed=[(0.0, True, ""), (0.1, False, "clean"), (0.1, True, "nf4"), (1.0, True, ""), (0.1, False, "")],
+    reference=[(0.0, True, ""), (0.1, False, "nf4"), (0.1, True, "clean"), (1.0, False, "")],
+)
+def test_every_density_with_lora(backend, density, update_masked, ways):
+    options = dict.fromkeys(ways.split(), True)
     problem = MaskedLoraProblem(
         (3, 43), 141, 133, 12, density=density, update_masked=update_masked, dropout_p=0.25 * (density == 0.1),
         device=backend.device, **options,
