@@ -10,12 +10,17 @@ from peft_kernels.kernels.reference import philox_dropout as reference
 from peft_kernels.kernels.triton import philox_dropout
 
 F16, F32 = torch.float16, torch.float32
-DTYPES = pytest.mark.parametrize("dtype", [F32, F16], ids=["float32", "float16"])
 
 
-@DTYPES
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 8), (17, 129), (3, 1030), (600, 9)])
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+# Each size in each dtype, each probability in each dtype.
+@pytest.mark.parametrize(
+    ("m", "k", "p", "dtype"),
+    [
+        (1, 1, 0.5, F32), (5, 8, 0.0, F32), (17, 129, 0.1, F32), (3, 1030, 0.5, F32), (600, 9, 0.1, F32),
+        (5, 8, 1.0, F32), (1, 1, 1.0, F16), (5, 8, 0.5, F16), (17, 129, 0.5, F16), (3, 1030, 0.1, F16),
+        (600, 9, 0.5, F16), (17, 129, 0.0, F16),
+    ],
+)  # fmt: skip
 def test_bits_of_the_specification(m, k, p, dtype):
     x, seed = torch.randn(m, k).to(dtype), torch.tensor([1234567890123456789])
     assert torch.equal(philox_dropout.forward(x, p, seed), reference.forward(x, p, seed))
