@@ -68,10 +68,11 @@ def test_far_from_zero(width, activation):
     assert bool(slope[0, 13].isnan())
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1), (3, 7), (5, 8), (2, 1023), (3, 1024), (2, 1025), (1, 2500), (0, 5), (4, 0)], ids=str
-)
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+SHAPES = ((1, 1), (3, 7), (5, 8), (2, 1023), (3, 1024), (2, 1025), (1, 2500), (0, 5), (4, 0))
+
+
+# In 16 bits the blocks and vectors are the same: one below, at and above each.
+@pytest.mark.parametrize(("dtype", "shape"), [*((F32, s) for s in SHAPES), *((BF16, s) for s in SHAPES[1:6])], ids=str)
 def test_shapes(width, shape, dtype):
     gate, up, grad_h = torch.randn(3, *shape).to(dtype)
     expected = results(reference, grad_h, gate, up, "silu")

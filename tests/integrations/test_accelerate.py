@@ -20,8 +20,11 @@ from tests.integrations.models import Toy, adapted, assert_close, bert, features
 LAYERS = {llama: 14, gpt2: 8, bert: 13}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("make", [llama, gpt2, bert], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(llama, torch.float64), (gpt2, torch.float32), (gpt2, torch.float64), (bert, torch.float32)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_model_equals_peft_in_loss_and_every_gradient(make, dtype, fused):
     model = transformer(make).to(dtype)
     stock = models.twin(model)

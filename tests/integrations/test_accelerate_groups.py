@@ -37,12 +37,15 @@ def pair(kind=blocks.Attention, **config):
     return model, stock, report
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("make", "expected"),
+    ("make", "expected", "dtype"),
     [
-        (llama, {"lora_linear_group": 2, "lora_linear": 2, "lora_swiglu_mlp": 2}),  # q/k/v, o, gate/up/down
-        (bert, {"lora_linear_group": 2, "lora_linear": 7}),
+        (
+            llama,
+            {"lora_linear_group": 2, "lora_linear": 2, "lora_swiglu_mlp": 2},
+            torch.float64,
+        ),  # q/k/v, o, gate/up/down
+        (bert, {"lora_linear_group": 2, "lora_linear": 7}, torch.float32),
     ],
     ids=["llama", "bert"],
 )

@@ -55,15 +55,15 @@ def gradients(model, batch):
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in named.items()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize(
-    ("wrap", "ops"),
+    ("wrap", "ops", "checkpointing"),
     [
-        (ddp, TOGETHER),
-        (ddp_that_looks_for_unused, TOGETHER),
-        (fsdp_of_blocks, TOGETHER),
-        (fsdp_of_mlps, TOGETHER),
-        (fsdp_of_layers, {"lora_linear": 14}),
+        (ddp, TOGETHER, True),
+        (ddp_that_looks_for_unused, TOGETHER, False),
+        (fsdp_of_blocks, TOGETHER, False),
+        (fsdp_of_blocks, TOGETHER, True),
+        (fsdp_of_mlps, TOGETHER, True),
+        (fsdp_of_layers, {"lora_linear": 14}, False),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -77,8 +77,7 @@ def test_output_and_gradients(layout, promised):
 
 class TestZerosStay:
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("name", OPTIMIZERS)
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("name", "dtype"), zip(OPTIMIZERS, (torch.float32, torch.bfloat16), strict=True), ids=str)
     def test_through_training_saving_and_loading(self, layout, name, dtype):
         layer = made(layout, dtype=dtype)
         before = layer.to_linear().weight
