@@ -7,15 +7,18 @@ import torch
 
 from tests.backends import across
 from tests.helpers import RATIO, named, relative_error
-from tests.ops.cases import BF16, F16, F32, F64, LINEAR, problem_of
+from tests.ops.cases import BF16, F16, F32, F64, LINEAR, over, problem_of
 
 OF_AN_X = pytest.mark.parametrize("backend", across(*LINEAR), indirect=True)
 
 
-@pytest.mark.parametrize(
-    ("x_dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (F32, BF16)], ids=lambda dtype: str(dtype)[6:]
+@over(
+    "x_dtype,adapter_dtype",
+    LINEAR,
+    [(F32, F32), (BF16, F32), (F32, BF16)],
+    composed=[(F32, F32), (BF16, BF16)],
+    reference=[(F32, F32), (BF16, BF16)],
 )
-@OF_AN_X
 def test_as_the_composition_under_autocast(backend, x_dtype, adapter_dtype):
     """x, W and b take the autocast dtype as in F.linear, also where their dtypes differ; gradients come back in each
     tensor's own dtype, with errors at most those of the composition of tensors cast like that."""

@@ -26,8 +26,11 @@ def test_activations(backend, activation, dtype):
     assert_as_accurate_as_eager(problem, problem.run())
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (0, 5), (3, 0), (2, 3, 5)], ids=str)
-@ACTIVATIONS
+@pytest.mark.parametrize(
+    ("shape", "activation"),
+    [((), "gelu"), ((1,), "silu"), ((7,), "gelu_tanh"), ((0, 5), "silu"), ((3, 0), "gelu"), ((2, 3, 5), "gelu_tanh")],
+    ids=str,
+)
 @GATED
 def test_shapes(backend, activation, shape):
     problem = GatedProblem(shape, activation=activation, device=backend.device)
