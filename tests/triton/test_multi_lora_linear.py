@@ -49,7 +49,7 @@ CASES = {
     "nobody": {"ranks": (3, 4), "ids": [-1] * 21, "m": 21},
     "one row": {"ranks": (3, 4), "ids": [1], "m": 1, "k": 9, "n": 7},
     "no row": {"ranks": (3, 4), "ids": torch.zeros(0, dtype=torch.int64), "m": 0},
-    "many": {"ranks": tuple(1 + a % 9 for a in range(24)), "m": 15, "k": 17, "n": 19},
+    "many": {"ranks": tuple(1 + a % 9 for a in range(20)), "m": 9, "k": 17, "n": 19},
     "nothing in this layer": {"ranks": (None, None), "m": 9},
     "dropout of each": {"dropout_p": (0.0, 0.3, 0.5, 0.1, 0.0), "m": (3, 23)},
     "weighted": {"mixed": True, "dropout_p": 0.3},
@@ -60,7 +60,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, F16) for case in CASES), ("mixed ranks", F32)],
+    [*((case, F16) for case in CASES), ("dropout of each", F32)],
     ids=str,
 )
 def test_within_rounding(case, dtype):
@@ -336,7 +336,9 @@ def test_the_gradients_of_an_adapter_depend_on_its_own_rows_alone(per_row, monke
     from peft_kernels.kernels.triton import _multi_sum_over_rows
 
     monkeypatch.setattr(_multi_sum_over_rows, "PLACES_PER_PLANE", 16)
-    problem = MultiLoraProblem(60, 24, 40, (8, 5, 3, 4), dtype=F16, dropout_p=0.3, per_row=per_row)
+    problem = MultiLoraProblem(
+        60 if per_row == 1 else 40, 24, 20, (8, 5, 3, 4), dtype=F16, dropout_p=0.3, per_row=per_row
+    )
     y, grads = problem.run()
     own = (problem.choices == 1).any(1)
     assert own.sum() > 16
@@ -416,8 +418,11 @@ def _in_poison(tensor: Tensor) -> Tensor:
     return buffer[1:-1, 9 : 9 + columns]
 
 
-@pytest.mark.parametrize("per_row", [1, 2])
-@pytest.mark.parametrize("place", [lambda t: t.t().contiguous().t(), _in_poison], ids=["transposed", "among NaN"])
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.t().contiguous().t()
+
+
+@pytest.mark.parametrize(("place", "per_row"), [(_transposed, 1), (_in_poison, 1), (_in_poison, 2)])
 def test_layouts(place, per_row):
     """Every matrix laid out otherwise; nothing beyond the tails is read."""
     problem = MultiLoraProblem(22, 40, 24, (5, 8, 3), dtype=F16, dropout_p=0.3, per_row=per_row)
