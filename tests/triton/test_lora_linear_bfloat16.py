@@ -72,7 +72,7 @@ def launched(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize(
     ("m", "k", "n", "r", "scaling"),
-    [(131, 136, 264, 3, 1.7), (300, 72, 520, 16, -0.3), (600, 136, 264, 12, 2.0), (90, 264, 136, 96, 5.3)],
+    [(131, 136, 264, 3, 1.7), (300, 72, 264, 16, -0.3), (90, 136, 136, 96, 5.3)],
 )
 def test_as_accurate_as_eager(m, k, n, r, scaling, launched):
     problem = LoraProblem(m, k, n, r, dtype=BF16, scaling=scaling)
