@@ -41,11 +41,11 @@ def check(compiled, problem: LoraProblem, **options) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_one_graph_for_every_batch_size(dropout_p):
+def test_one_graph_for_every_batch_size():
+    """With dropout; without it in three dimensions, below."""
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for m in (6, 11, 300):
-        check(compiled, LoraProblem(m, 31, 17, 3), dropout_p=dropout_p)
+        check(compiled, LoraProblem(m, 31, 17, 3), dropout_p=0.25)
 
 
 def test_one_graph_in_three_dimensions():
@@ -54,10 +54,9 @@ def test_one_graph_in_three_dimensions():
         check(compiled, LoraProblem(batch, 31, 17, 3))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, torch.float32)], ids=str)
-def test_static_shapes(dtypes):
+def test_static_shapes_and_two_dtypes():
     compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
-    problem = LoraProblem((2, 6), 31, 17, 3, dtype=dtypes[0], adapter_dtype=dtypes[1])
+    problem = LoraProblem((2, 6), 31, 17, 3, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     check(compiled, problem)
     check(compiled, problem)
 
@@ -75,11 +74,10 @@ def test_frozen_weights_and_strided_input():
     torch.testing.assert_close(grads, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_compiled_checkpointing(dropout_p):
+def test_compiled_checkpointing():
     """Checkpointing inside the graph recomputes with the same mask, drawn from torch's generator."""
     # In float64, because a graph scales B where eager mode scales the result.
-    module = FusedLoRALinear(31, 17, r=3, lora_dropout=dropout_p, dtype=torch.float64)
+    module = FusedLoRALinear(31, 17, r=3, lora_dropout=0.25, dtype=torch.float64)
     torch.nn.init.normal_(module.lora_B)
     x = torch.randn(6, 31, dtype=torch.float64, requires_grad=True)
     wanted = [x, module.lora_A, module.lora_B]
