@@ -145,7 +145,11 @@ SPACES: dict[str, Space] = {
     "masked_grad_x_tma": replace(_MASKED_GEMM, optional=True),
     "masked_grad_weight": Space(
         (
-            ("block_m", (32, 64)), ("block_n", (64, 128)), ("block_k", (64, 128, 256)), ("group_m", (4, 8, 16)), _WARPS,
+            ("block_m", (32, 64)),
+            ("block_n", (64, 128)),
+            ("block_k", (64, 128, 256)),
+            ("group_m", (4, 8, 16)),
+            _WARPS,
             _STAGES,
         ),
         (),
