@@ -111,7 +111,7 @@ class SemiStructuredWeight(NamedTuple):
 
 def _unpacked(places: Tensor, groups: int) -> Tensor:
     """int64 [N, groups, 2]."""
-    shifts = torch.tensor([0, 2, 4, 6], device=places.device)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=places.device)  # bytes until the last moment
     return ((places.unsqueeze(-1) >> shifts) & 3).view(places.shape[0], 2 * places.shape[1], KEPT)[:, :groups].long()
 
 

@@ -105,5 +105,4 @@ BUILDERS: dict[str, Callable[[Shape, Draw], Case]] = {
     "masked_lora_linear": masked_lora_linear,
     "multi_mask_linear": multi_mask_linear,
     "philox_dropout": philox_dropout,
-    "sparse_delta_linear": sparse_delta_linear,
 }

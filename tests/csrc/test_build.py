@@ -13,8 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HAS_CXX = shutil.which("g++") or shutil.which("clang++")
 
-STUB = """#include <pybind11/pybind11.h>
-PYBIND11_MODULE({module}, m) {{ m.def("answer", [] {{ return {answer}; }}); }}
+# Without pybind11, whose headers take seconds to compile.
+STUB = """#include <Python.h>
+static PyObject* answer_of(PyObject*, PyObject*) {{ return PyLong_FromLong({answer}); }}
+static PyMethodDef methods[] = {{{{"answer", answer_of, METH_NOARGS, nullptr}}, {{nullptr, nullptr, 0, nullptr}}}};
+static PyModuleDef module = {{PyModuleDef_HEAD_INIT, "{module}", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr}};
+PyMODINIT_FUNC PyInit_{module}() {{ return PyModule_Create(&module); }}
 """
 
 

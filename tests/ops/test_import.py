@@ -21,31 +21,42 @@ USE = """
     print(peft_kernels.explain("lora_linear", torch.ones(3, 16), layer.weight, layer.lora_A, layer.lora_B))
 """
 
-# Imports the library and reports what that did to the process.
+# Imports the library and reports what that did to the process: three times, each in a fork of one that has torch only.
 OBSERVE = """
-    import json, os, sys, threading, time
+    import gc, json, os, sys, threading, time
     import torch
-    before, threads, events = set(sys.modules), threading.active_count(), []
+    gc.collect()  # of the objects of torch, which the allocations of whatever comes next would set off
 
-    def audit(event, arguments):
-        kind = event.split(".")[0]
-        starts = kind in ("subprocess", "socket", "urllib") or event.startswith(("os.system", "os.posix", "os.fork"))
-        writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        if starts or writes:
-            events.append(f"{event} {arguments}")
+    def observe():
+        before, threads, events = set(sys.modules), threading.active_count(), []
 
-    sys.addaudithook(audit)
-    start = time.process_time()
-    import peft_kernels
-    seconds = time.process_time() - start
-    print(json.dumps({
-        "seconds": seconds,
-        "modules": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
-        "events": events,
-        "threads": threading.active_count() - threads,
-        "cuda": torch.cuda.is_initialized(),
-        "files": sorted(os.listdir(os.environ["HOME"])),
-    }))
+        def audit(event, arguments):
+            kind = event.split(".")[0]
+            system = event.startswith(("os.system", "os.posix", "os.fork"))
+            starts = system or kind in ("subprocess", "socket", "urllib")
+            writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+            if starts or writes:
+                events.append(f"{event} {arguments}")
+
+        sys.addaudithook(audit)
+        start = time.process_time()
+        import peft_kernels
+        seconds = time.process_time() - start
+        print(json.dumps({
+            "seconds": seconds,
+            "modules": sorted({name.partition(".")[0] for name in set(sys.modules) - before}),
+            "events": events,
+            "threads": threading.active_count() - threads,
+            "cuda": torch.cuda.is_initialized(),
+            "files": sorted(os.listdir(os.environ["HOME"])),
+        }), flush=True)
+
+    for _ in range(3):
+        child = os.fork()
+        if not child:
+            observe()
+            os._exit(0)
+        os.waitpid(child, 0)
 """
 
 
@@ -58,11 +69,13 @@ def run(code: str, **options) -> str:
 
 @pytest.fixture(scope="module")
 def observations(tmp_path_factory) -> list[dict]:
-    """Three processes, each with an empty home directory as its working directory."""
+    """Three processes with an empty home directory as their working directory."""
     home = tmp_path_factory.mktemp("home")
     path = str(Path(peft_kernels.__file__).parents[1])
     environment = {"HOME": str(home), "XDG_CACHE_HOME": str(home), "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    return [json.loads(run(OBSERVE, env=environment, cwd=home)) for _ in range(3)]
+    observed = [json.loads(line) for line in run(OBSERVE, env=environment, cwd=home).splitlines()]
+    assert len(observed) == 3
+    return observed
 
 
 @pytest.mark.parametrize(

@@ -157,5 +157,6 @@ def _add_line(out: Tensor, operand: _Columns, columns: Tensor, blocks: Tensor) -
     flat = blocks.reshape(-1, out.shape[1]).to(out.dtype)
     step = CHAIN if out.dtype == torch.float32 else max(1, len(flat))
     for i in range(0, len(flat), step):
-        total = torch.addmm(total, gathered[:, i : i + step], flat[i : i + step])
+        # Not `addmm`, which goes on with the chain that `total` is.
+        total += torch.mm(gathered[:, i : i + step], flat[i : i + step])
     out.copy_(total)
