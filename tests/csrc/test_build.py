@@ -17,7 +17,7 @@ HAS_CXX = shutil.which("g++") or shutil.which("clang++")
 STUB = """#include <Python.h>
 static PyObject* answer_of(PyObject*, PyObject*) {{ return PyLong_FromLong({answer}); }}
 static PyMethodDef methods[] = {{{{"answer", answer_of, METH_NOARGS, nullptr}}, {{nullptr, nullptr, 0, nullptr}}}};
-static PyModuleDef module = {{PyModuleDef_HEAD_INIT, "{module}", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr}};
+static PyModuleDef module = {{PyModuleDef_HEAD_INIT, "{module}", nullptr, -1, methods}};
 PyMODINIT_FUNC PyInit_{module}() {{ return PyModule_Create(&module); }}
 """
 
