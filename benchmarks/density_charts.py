@@ -37,7 +37,7 @@ def relative_to(base: str, records: Iterable[dict]) -> dict[str, list[tuple[floa
     return lines
 
 
-def _panel(panel, base: str, records: Iterable[dict], title: str) -> None:
+def _panel(panel, base: str, records: list[dict], title: str) -> None:
     for name, points in relative_to(base, records).items():
         densities, times, lows, highs = zip(*points, strict=True)
         errors = [[max(0.0, t - low) for t, low in zip(times, lows, strict=True)],
@@ -47,6 +47,12 @@ def _panel(panel, base: str, records: Iterable[dict], title: str) -> None:
     panel.set_title(title, fontsize=9)
     panel.set_xscale("log")
     panel.set_yscale("log")
+    shown = sorted({record["density"] for record in records})
+    panel.set_xticks(shown, [f"{100 * density:.3g} %" for density in shown], fontsize=7, rotation=45)
+    panel.minorticks_off()
+    low, high = panel.get_ylim()
+    marks = [mark for mark in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 1.2, 1.5, 2, 5) if low <= mark <= high]
+    panel.set_yticks(marks, [f"{mark:g}" for mark in marks], fontsize=8)
     panel.grid(alpha=0.3, which="both")
     panel.set_ylabel(f"time / {base}", fontsize=9)
     panel.legend(fontsize=7)
