@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_kernels.formats.positions import extremes
+
 LAYOUT = "block"
 BLOCKS = (32, 64, 128)
 
@@ -161,7 +163,8 @@ class BlockWeight(NamedTuple):
                 )
         rows, columns = self.structure.block_rows.long(), self.structure.columns.long()
         for name, found, end in (("row", rows, r), ("column", columns, c)):
-            if blocks and not 0 <= (least := int(found.min())) <= (most := int(found.max())) < end:
+            least, most = extremes(found)
+            if least < 0 or most >= end:
                 raise ValueError(f"{where}: block {name}s {least} to {most}; expected ones in [0, {end})")
         if bool(((rows * c + columns).diff() <= 0).any()):
             raise ValueError(f"{where}: the blocks are not in order, or one occurs twice")

@@ -59,6 +59,14 @@ class Positions(NamedTuple):
         return order.to(self.flat.dtype), torch.searchsorted(columns, ends).cpu()
 
 
+def extremes(numbers: Tensor) -> tuple[int, int]:
+    """(least, greatest) of integers of any shape, which waits for the device; (0, -1) of none."""
+    if not numbers.numel():
+        return 0, -1
+    least, greatest = torch.aminmax(numbers)
+    return int(least), int(greatest)
+
+
 def index_dtype(shape: torch.Size) -> torch.dtype:
     return torch.int32 if shape.numel() < 2**31 else torch.int64
 
@@ -81,7 +89,7 @@ def positions(flat: Tensor, shape: Sequence[int]) -> Positions:
     if flat.ndim != 1:
         raise ValueError(f"positions: flat has shape {tuple(flat.shape)}; expected (nnz,)")
     flat = flat.to(torch.int64)
-    first, last = (int(end) for end in torch.aminmax(flat)) if flat.numel() else (0, -1)
+    first, last = extremes(flat)
     if first < 0 or last >= shape.numel():
         raise ValueError(f"positions: flat has {first} to {last}; expected places in [0, {shape.numel()})")
     if bool((flat.diff() <= 0).any()):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.checks import FLOATS
-from peft_kernels.formats.positions import Positions, positions
+from peft_kernels.formats.positions import Positions, extremes, positions
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -163,7 +163,8 @@ def prepare(indices: Tensor, shape: Sequence[int]) -> tuple[Positions, Tensor | 
 def _flattened(pairs: Tensor, shape: torch.Size) -> Tensor:
     """Places from rows and columns, each of which has to be in range: a column too far would be the next row's."""
     for name, numbers, size in zip(("row", "column"), pairs, shape, strict=True):
-        if numbers.numel() and not 0 <= (first := int(numbers.min())) <= (last := int(numbers.max())) < size:
+        first, last = extremes(numbers)
+        if first < 0 or last >= size:
             raise ValueError(f"sparse delta: indices has {name}s {first} to {last}; expected them in [0, {size})")
     return pairs[0] * shape[1] + pairs[1]
 

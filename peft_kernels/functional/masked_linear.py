@@ -51,8 +51,9 @@ def masked_linear(
         bias: [out_features] in the weight's dtype (over an `NF4Weight` in any), or None.
         weight_is_masked: promises that W is 0 outside the mask already. Forward and dx are then plain matmuls; of the
             gradients only dW needs the mask. Nobody checks it.
-        grad_layout: "dense" gives `weight` its gradient. "compact" gives `values` the gradient instead: the same
-            numbers at the kept places only, so that gradient and optimiser state are as small as the mask allows.
+        grad_layout: "dense" gives `weight` its gradient. "compact" gives `values` the gradient instead, that of
+            the kept weights only (equal up to the order of sums): gradient and optimiser state are as small as the mask
+            allows.
         values: with "compact", [nnz]: the kept weights, in the order of `places`. Its numbers are not read: `weight`
             holds them too, and whoever changes one changes the other (`MaskedLinear` does).
         places: with "compact", `mask.positions()`, made once per mask.
@@ -71,7 +72,8 @@ def masked_linear(
 
 
 def masked_fits(x, weight, mask, bias) -> bool:
-    """Whether x, a dense weight, its mask and its bias are valid: cheap, and silent about what is not."""
+    """Whether x [..., K], a dense weight [N, K], its mask [N, K] and its bias [N] or None are valid: cheap, and silent
+    about what is not, whatever it is (raises nothing)."""
     try:
         dtype, device, (n, k) = x.dtype, x.device, weight.shape
         return (
@@ -91,7 +93,16 @@ def masked_fits(x, weight, mask, bias) -> bool:
 
 
 def explain_masked(op: str, x, weight, mask, bias) -> None:
-    """Raises for the first argument that does not fit. Returns when all do (a weight of 4 bits)."""
+    """Raises for the first argument that does not fit; returns when all do (a weight of 4 bits).
+
+    Args:
+        op: the op's name, for the message.
+        x, weight, mask, bias: [..., K], [N, K], [N, K] and [N] or None, as `masked_linear` was given them.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: an argument is of the wrong type or dtype.
+    """
     check_floating(op, "x", x)
     if x.ndim == 0:
         raise ValueError(f"{op}: x has no dimensions; expected (..., in_features)")

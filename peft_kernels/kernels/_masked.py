@@ -38,6 +38,21 @@ def strips(count: int, bytes_each: int, device: torch.device) -> Iterator[tuple[
         yield start, min(count, start + step)
 
 
+def rows_of(weight: Weight, start: int, stop: int) -> Weight:
+    """Rows [start, stop), a view."""
+    return weight.rows(start, stop) if isinstance(weight, NF4Weight) else weight[start:stop]
+
+
+def columns_of(weight: Weight, start: int, stop: int) -> Weight:
+    """Columns [start, stop), a view."""
+    return weight.columns(start, stop) if isinstance(weight, NF4Weight) else weight[:, start:stop]
+
+
+def words_of_columns(words: Tensor, start: int, stop: int) -> Tensor:
+    """The words of a mask's columns [start, stop), which begin at a whole word: a view."""
+    return words[:, start // WORD_BITS : -(-stop // WORD_BITS)]
+
+
 def _masked(weight: Weight, words: Tensor, clean: bool, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, NF4Weight):
         dense = torch.ops.peft_kernels.nf4_dequantize(weight.tensors, weight.layout, dtype)
@@ -54,32 +69,26 @@ def row_pieces(weight: Weight, words: Tensor, clean: bool, dtype: torch.dtype) -
     read."""
     n, k = weight.shape
     for start, stop in strips(n, k * dtype.itemsize, weight.device):
-        part = weight.rows(start, stop) if isinstance(weight, NF4Weight) else weight[start:stop]
-        yield slice(start, stop), _masked(part, words[start:stop], clean, dtype)
+        yield slice(start, stop), _masked(rows_of(weight, start, stop), words[start:stop], clean, dtype)
 
 
 def column_pieces(weight: Weight, words: Tensor, clean: bool, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """(columns, (W ⊙ M)[:, columns] in `dtype`)."""
     n, k = weight.shape
     for start, stop in strips(k, n * dtype.itemsize, weight.device):
-        part = weight.columns(start, stop) if isinstance(weight, NF4Weight) else weight[:, start:stop]
-        some = words[:, start // WORD_BITS : -(-stop // WORD_BITS)]
-        yield slice(start, stop), _masked(part, some, clean, dtype)
+        some = words_of_columns(words, start, stop)
+        yield slice(start, stop), _masked(columns_of(weight, start, stop), some, clean, dtype)
 
 
 def masked_grad_weight(grad_y: Tensor, x: Tensor, weight: Tensor, words: Tensor) -> Tensor:
     """(dYᵀ x) ⊙ M in the weight's dtype, rounded once."""
-    if weight.device.type == "cpu" and grad_y.dtype == weight.dtype:
-        # A strip that the cache holds is no temporary, and as a product half as fast as the whole.
-        grad = torch.mm(grad_y.t(), x)
+    if grad_y.dtype == weight.dtype:
+        grad = torch.mm(grad_y.t(), x)  # the result itself: strips of it would be smaller products and save nothing
         torch.ops.peft_kernels.mask_apply_(grad, words)
         return grad
     grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for start, stop in strips(weight.shape[0], weight.shape[1] * weight.element_size(), weight.device):
-        if grad_y.dtype == weight.dtype:
-            torch.mm(grad_y[:, start:stop].t(), x, out=grad[start:stop])
-        else:
-            grad[start:stop] = sum_over_rows(grad_y[:, start:stop], x, weight[start:stop])
+        grad[start:stop] = sum_over_rows(grad_y[:, start:stop], x, weight[start:stop])
         torch.ops.peft_kernels.mask_apply_(grad[start:stop], words[start:stop])
     return grad
 

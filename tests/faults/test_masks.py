@@ -63,6 +63,13 @@ def test_f76_wrong_places_are_refused(backend, places):
         functional.sparse_delta_linear(x, weight, places, torch.ones(len(places), device=backend.device))
 
 
+@pytest.mark.parametrize("pair", [[[-1], [3]], [[0], [37]], [[23], [0]], [[0], [-2]]], ids=str)
+def test_f76_wrong_rows_and_columns_are_refused(pair):
+    x, weight, _ = operands("cpu")
+    with pytest.raises(ValueError, match=r"indices has (row|column)s -?\d+ to -?\d+; expected them in"):
+        functional.sparse_delta_linear(x, weight, torch.tensor(pair), torch.ones(1))
+
+
 def test_f76_a_mask_elsewhere_is_refused():
     x, weight, _ = operands("cpu")
     with pytest.raises(ValueError, match="mask is on meta, but weight is on cpu"):

@@ -223,6 +223,7 @@ def put(place: int, value: int):
     [
         ("block", 0, lambda t: t[:-1], "expected torch.int32"),
         ("block", 1, put(5, 99), "block columns|contradict"),
+        ("block", 1, put(5, -1), "block (row|column)s -1 to"),
         ("block", 1, put(-1, 7), "block rows"),
         ("block", 2, put(1, 3), "contradict each other"),
         ("2:4", 1, put(0, 0), "not two different ones in order"),

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.formats.mask import WORD_BITS
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.kernels import _base
-from peft_kernels.kernels._masked import like, strips
+from peft_kernels.kernels._masked import columns_of, like, rows_of, strips, words_of_columns
 from peft_kernels.kernels.composed import lora_linear
 from peft_kernels.kernels.composed._passes import SCRATCH_ELEMENTS, drop, row_blocks, sum_over_rows, sum_rows
 
@@ -31,8 +30,8 @@ def forward(x, weight, words, clean, bias, lora_A, lora_B, scaling, dropout_p, s
     if seed is None:
         y = x.new_empty(x.shape[0], weight.shape[0])
         for rows in _strips(weight, 0, x.dtype):
-            piece = _piece(weight[rows] if isinstance(weight, Tensor) else weight.rows(rows.start, rows.stop),
-                           words[rows], lora_A, lora_B[rows], scaling, x.dtype)  # fmt: skip
+            part = rows_of(weight, rows.start, rows.stop)
+            piece = _piece(part, words[rows], lora_A, lora_B[rows], scaling, x.dtype)
             y[:, rows] = F.linear(x, piece, None if bias is None else bias[rows])
         return y, none
     y = _base.linear(x, _base.MaskedWeight(weight, words, clean), bias)
@@ -98,11 +97,8 @@ def _by_columns(grad_y, weight, base, words, lora_A, lora_B, scaling):
     """dY ((base + s B A) ⊙ M), of the shape that `weight` gives."""
     grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
     for columns in _strips(weight, 1, grad_y.dtype):
-        part = base
-        if base is not None:
-            dense = isinstance(base, Tensor)
-            part = base[:, columns] if dense else base.columns(columns.start, columns.stop)
-        some = words[:, columns.start // WORD_BITS : -(-columns.stop // WORD_BITS)]
+        part = None if base is None else columns_of(base, columns.start, columns.stop)
+        some = words_of_columns(words, columns.start, columns.stop)
         piece = _piece(part, some, lora_A[:, columns], lora_B, scaling, grad_y.dtype)
         torch.mm(grad_y, piece, out=grad_x[:, columns])
     return grad_x

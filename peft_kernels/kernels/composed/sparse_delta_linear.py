@@ -18,7 +18,7 @@ from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.formats.positions import STRIP, Positions
 from peft_kernels.formats.sparse_delta import SparseDelta, added
 from peft_kernels.kernels import _base
-from peft_kernels.kernels._masked import grad_at, like, strips
+from peft_kernels.kernels._masked import columns_of, grad_at, like, rows_of, strips
 from peft_kernels.kernels.composed._passes import sum_over_rows, sum_rows
 from peft_kernels.kernels.composed.multi_lora_linear import Rows, segments
 
@@ -63,7 +63,7 @@ def row_pieces(weight: Weight, delta: SparseDelta, dtype: torch.dtype) -> Iterat
     (n, k), (places, values) = weight.shape, delta
     counts = places.starts.tolist()
     for start, stop in strips(n, k * dtype.itemsize, weight.device):
-        part = weight.rows(start, stop) if isinstance(weight, NF4Weight) else weight[start:stop]
+        part = rows_of(weight, start, stop)
         chosen = slice(counts[start // STRIP], counts[-(-stop // STRIP)])
         flat = places.flat[chosen].long() - start * k
         yield slice(start, stop), _changed(part, flat // max(1, k), flat % max(1, k), values[chosen], dtype)
@@ -75,7 +75,7 @@ def column_pieces(weight: Weight, delta: SparseDelta, dtype: torch.dtype) -> Ite
     order, starts = places.by_columns()
     counts = starts.tolist()
     for start, stop in strips(k, n * dtype.itemsize, weight.device):
-        part = weight.columns(start, stop) if isinstance(weight, NF4Weight) else weight[:, start:stop]
+        part = columns_of(weight, start, stop)
         chosen = order[counts[start // STRIP] : counts[-(-stop // STRIP)]].long()
         flat, values = places.flat[chosen].long(), delta.values[chosen]
         yield slice(start, stop), _changed(part, flat // k, flat % k - start, values, dtype)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 
 from peft_kernels import _native
-from peft_kernels.formats.mask import WORD_BITS
 from peft_kernels.kernels import _base
-from peft_kernels.kernels._masked import strips
+from peft_kernels.kernels._masked import strips, words_of_columns
 from peft_kernels.kernels.composed._passes import drop, row_blocks, sum_rows
 from peft_kernels.kernels.cpu import lora_linear, masked_linear
 from peft_kernels.kernels.cpu.lora_linear import DTYPES, place
@@ -98,7 +97,7 @@ def _grad_factors(grad_y, x, words, lora_A, lora_B, scaling, dropout_p, seed):
     for block in blocks:
         dropped = drop(x[block], dropout_p, seed, block.start)
         for start, stop in strips(k, n * 4, x.device):
-            some = words[:, start // WORD_BITS : -(-stop // WORD_BITS)]
+            some = words_of_columns(words, start, stop)
             update = scratch.resize_(n, stop - start)
             masked_grad_weight(grad_y[block], dropped[:, start:stop], some, update)
             grad_a[:, start:stop].addmm_(b.t(), update, alpha=scaling)

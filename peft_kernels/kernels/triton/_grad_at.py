@@ -54,9 +54,11 @@ def tile_places(places: Positions, block_n: int, block_k: int) -> TilePlaces:
     if flat not in _known or _known[flat][0] != version:
         _known[flat] = version, {}
     made = _known[flat][1]
-    key = (*places.shape, block_n, block_k)
+    sizes = (*places.shape, block_n, block_k)
+    # Another stream would read the lists before the stream that makes them has.
+    key = (*sizes, torch.cuda.current_stream(flat.device) if flat.is_cuda else None)
     if key not in made:
-        made[key] = _by_tiles(flat, *key)
+        made[key] = _by_tiles(flat, *sizes)
     return made[key]
 
 
