@@ -26,9 +26,10 @@ $(STAMP): $(BUILT_FROM)
 demo: setup
 	$(BIN)/peft-kernels finetune --compare --output outputs/demo
 
-# One thread a worker: PyTorch's own threads would fight the other workers for the cores.
+# One thread a worker: PyTorch's own threads would fight the other workers for the cores. Bytecode is written whatever the
+# environment says: the tests start many processes, each of which would compile the library.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
