@@ -53,18 +53,21 @@ BLOCKS="dora_linear lora_linear_group lora_swiglu_mlp"
 
 part build 65 "$PYTHON" setup.py build_ext --inplace
 part doctor 20 "$PYTHON" -m peft_kernels.cli.main doctor
-tests gpu_tests 85 tests/gpu
+tests gpu_tests 80 tests/gpu
 tests op_tests 55 tests/ops
-part compare 40 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --extent none --minutes 0.55
-part tune 35 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --minutes 0.45
-bench lora_linear 48 lora_linear 'not compiled and not unsloth and not lorafusion and not reference'
-bench blocks 34 "$BLOCKS" 'not compiled and not unsloth and not liger and not reference'
+part compare 34 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --extent none --minutes 0.45
+part tune 32 "$PYTHON" -m peft_kernels.cli.main tune --op lora_linear --minutes 0.45
+bench lora_linear 40 lora_linear 'not compiled and not unsloth and not lorafusion and not reference'
+bench blocks 28 "$BLOCKS" 'not compiled and not unsloth and not liger and not reference'
 # What decides first: forward of one layer's shapes against bitsandbytes, then training.
-bench nf4 43 "nf4_linear nf4_lora_linear" 'not reference and not unsloth'
+bench nf4 36 "nf4_linear nf4_lora_linear" 'not reference and not unsloth'
 # The update of decoding by itself first: it has the bars.
 bench multi_decode 22 multi_lora_linear 'delta and not reference'
 bench multi 18 multi_lora_linear 'not delta and not reference'
-bench sweep 20 sweep 'test_sweep'
+# Decoding by compressed weights first, then masks, blocks and chosen weights in training.
+bench pruned_decode 18 pruned '(bitmap or csr) and not reference'
+bench pruned 28 pruned '(masked or block or chosen) and not reference'
+bench sweep 15 sweep 'test_sweep'
 bench compiled 15 lora_linear 'compiled and M8192 and r16 and p0-'
 bench others 10 "lora_linear $BLOCKS" 'unsloth or lorafusion or liger'
 part memory 15 "$PYTHON" -m benchmarks.block_memory --json "$RESULTS/block_memory.json"

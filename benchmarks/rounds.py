@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import blocks, compare, gate, many, memory, peers, provenance, quantised, timing
+from benchmarks import blocks, compare, gate, many, memory, peers, provenance, pruned, quantised, timing
 from benchmarks.peers import Peer
 from benchmarks.problems import FORWARD, Ceilings, Spec
 
@@ -22,6 +22,8 @@ def peers_of(spec: Spec) -> ModuleType:
         return quantised
     if spec.op in many.OPS:
         return many
+    if spec.op in pruned.OPS:
+        return pruned
     return peers if spec.op == "lora_linear" else blocks
 
 
@@ -108,6 +110,8 @@ def facts(peer: Peer, spec: Spec, mode: str, compared: str, watch: timing.Stopwa
         rows["eager_s"] = eager_seconds(peer, spec, mode)
     if isinstance(spec, many.ManySpec):
         rows |= many.facts(peer, spec)
+    if isinstance(spec, pruned.PrunedSpec):
+        rows |= pruned.facts(peer, spec, mode)
     if peer.backend is not None:
         choice = peers.chosen_backend(spec)
         backend = choice.backend if peer.backend == "auto" else peer.backend

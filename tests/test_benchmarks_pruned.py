@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import block_sparse_time, compare, delta_time, density_charts, masked_time
+from benchmarks import block_sparse_time, compare, delta_time, density_charts, gate, masked_time, peers, pruned
+from benchmarks.problems import FORWARD, MODES
+from peft_kernels import dispatch
+from tests.test_benchmarks import spoil
 
 RATIO = compare.Ratio._fields
 
@@ -81,3 +84,60 @@ def test_density_charts_show_what_was_measured(tmp_path):
     (tmp_path / "delta_time.json").write_text(json.dumps(deltas))
     assert density_charts.main(arguments) == 0
     assert (tmp_path / "images" / f"density-{tmp_path.name}.png").stat().st_size > 10_000
+
+
+SPECS = [
+    pruned.PrunedSpec(48, 96, 80, 0),
+    pruned.PrunedSpec(48, 96, 80, 0, clean=True),
+    pruned.PrunedSpec(48, 96, 160, 0, op=pruned.SPARSE, layout="block", density=0.3),
+    pruned.PrunedSpec(5, 96, 80, 0, op=pruned.SPARSE, layout="bitmap", density=0.3),
+    pruned.PrunedSpec(48, 96, 80, 0, op=pruned.DELTA, density=0.05),
+]
+
+
+@pytest.fixture
+def _forget_what_was_checked():
+    gate.check.cache_clear()
+    yield
+    gate.check.cache_clear()
+
+
+@pytest.mark.usefixtures("_forget_what_was_checked")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
+def test_the_gate_lets_right_layers_pass_and_refuses_a_wrong_one(monkeypatch, spec):
+    checked = {peer.name for peer in pruned.PEERS if peer.unavailable(spec) is None and gate.check(peer, spec)}
+    assert {"frozen", "ours (auto)", "ours (composed)", "ours (reference)"} <= checked
+    assert ("mask in each call" in checked) == (spec.op == pruned.MASKED)
+    assert ("peft" in checked) == (spec.op == pruned.DELTA)
+    module = dispatch.implementation(spec.op, "composed")
+    right = module.backward
+    monkeypatch.setattr(module, "backward", lambda *arguments: spoil(right(*arguments)))
+    gate.check.cache_clear()
+    composed = next(peer for peer in pruned.PEERS if peer.backend == "composed")
+    with pytest.raises(gate.WrongResult, match=r"ours \(composed\) is wrong.*not timed"):
+        gate.check(composed, spec)
+
+
+def test_every_peer_of_pruned_weights_is_runnable_or_says_why_not():
+    for mode in MODES:
+        specs = pruned.specs(mode)
+        assert len({spec.label for spec in specs}) == len(specs)
+        for spec in specs:
+            assert all((peer.unavailable(spec) or "runs here") for peer in pruned.PEERS)
+            assert peers.chosen_backend(spec).op == spec.op
+
+
+def test_work_and_bars_of_pruned_layers():
+    """4 rows, 8 x 16 weights of 4 bytes, a quarter kept: by hand."""
+    block = pruned.PrunedSpec(4, 16, 8, 0, op=pruned.SPARSE, layout="block", density=0.25)
+    assert block.flop(FORWARD) == 256
+    assert block.flop(MODES[1]) == 768
+    x, y, kept = 256, 128, 128
+    assert block.bytes(FORWARD) == x + kept + y
+    assert block.bytes(MODES[1]) == (x + kept + y) + (y + kept + 2 * x + kept)
+    bitmap = pruned.PrunedSpec(4, 16, 8, 0, op=pruned.SPARSE, layout="bitmap", density=0.25)
+    assert bitmap.bytes(FORWARD) == x + kept + 16 + y
+    masked = pruned.PrunedSpec(4, 16, 8, 0)
+    assert masked.bytes(FORWARD) == x + 512 + 16 + y
+    assert pruned.bars(pruned.PrunedSpec(256, 4096, 1024, 0), MODES[1]) == {"ratio_to_mask in each call": 0.92}
+    assert pruned.bars(pruned.PrunedSpec(256, 4096, 1024, 0), FORWARD) == {}

@@ -32,12 +32,12 @@ class SparseCase(Case):
         return (functional.sparse_linear(tensors["x"], self._weight(tensors), tensors.get("bias")),)
 
 
-def sparse_linear(shape: Shape, draw: Draw, layout: str, density: float = 0.3) -> Case:
-    """Of layout "block", blocks of 32 whose values train; others are frozen."""
+def sparse_linear(shape: Shape, draw: Draw, layout: str, density: float = 0.3, block: int = 32) -> Case:
+    """Of layout "block", blocks whose values train; others are frozen."""
     n, k = shape.n, shape.k
     if layout == "block":
-        tiles = drawn(draw, density, -(-n // 32), -(-k // 32))
-        kept = tiles.repeat_interleave(32, 0).repeat_interleave(32, 1)[:n, :k]
+        tiles = drawn(draw, density, -(-n // block), -(-k // block))
+        kept = tiles.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :k]
     elif layout == "2:4":
         scores = draw(torch.float32, n, -(-k // 4), 4)
         kept = (scores.argsort(2).argsort(2) < 2).flatten(1)[:, :k]
@@ -45,7 +45,7 @@ def sparse_linear(shape: Shape, draw: Draw, layout: str, density: float = 0.3) -
         kept = drawn(draw, density, n, k)
     layer = layer_of(shape, draw)
     dense = torch.where(kept, layer["weight"], 0.0)
-    weight = sparse.compress(dense, layout, block=32, mask=packed(kept))
+    weight = sparse.compress(dense, layout, block=block, mask=packed(kept))
     tensors = {"x": layer["x"], "bias": layer["bias"]}
     if isinstance(weight, BlockWeight):
         tensors["values"] = weight.values
@@ -57,7 +57,7 @@ def sparse_linear(shape: Shape, draw: Draw, layout: str, density: float = 0.3) -
             numbered = torch.arange(t["values"].numel(), dtype=torch.float64, device=kept.device)
             places = weight.with_tensors([numbered.view_as(weight.values), *weight.tensors[1:]]).dense().long()
             whole = torch.where(kept, t["values"].flatten()[places], 0.0)
-        return F.linear(t["x"], whole, t["bias"])
+        return F.linear(t["x"], whole, t.get("bias"))
 
     grads = ("x", "values") if "values" in tensors else ("x",)
     return SparseCase(
@@ -75,7 +75,7 @@ def sparse_delta_linear(shape: Shape, draw: Draw, density: float = 0.05) -> Case
 
     def eager(t: dict[str, Tensor]) -> Tensor:
         delta = torch.zeros_like(t["weight"]).flatten().index_add(0, flat, t["values"].to(t["weight"].dtype))
-        return F.linear(t["x"], t["weight"] + delta.view_as(t["weight"]), t["bias"])
+        return F.linear(t["x"], t["weight"] + delta.view_as(t["weight"]), t.get("bias"))
 
     options = {"indices": positions(flat, kept.shape)}
     return Case("sparse_delta_linear", f"{shape}, {density:g} chosen", tensors, options, eager, ("x", "values"))
