@@ -47,7 +47,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "mask_apply": ("triton", "cpu", "reference"),
     "masked_linear": ("triton", "cpu", "composed", "reference"),
     "masked_lora_linear": ("cpu", "composed", "reference"),
-    "multi_mask_linear": ("composed", "reference"),
+    "multi_mask_linear": ("triton", "composed", "reference"),
     "sparse_delta_linear": ("triton", "cpu", "composed", "reference"),
     "sparse_linear": ("cuda", "triton", "cpu", "composed", "reference"),
     "philox_dropout": ("cuda", "triton", "cpu", "reference"),

@@ -171,6 +171,15 @@ class MaskedGradWeight(Config):
 
 
 @dataclass(frozen=True)
+class MultiMaskDecode(Config):
+    """`block_n` by `block_k` weights stay in a program's registers."""
+
+    block_n: int
+    block_k: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class Nf4Gemm(Config):
     """N rows and K columns are those of the weight, `block_n` by `block_k` of which are decoded at a time. The sum is
     split where fewer than `programs` tiles are there. `block_r` and `group_m` as in `ExtendedGemm`. The kernels named
@@ -247,4 +256,10 @@ CONFIGS: dict[str, type[Config]] = {
     "masked_grad_x": MaskedGemm,
     "masked_grad_x_tma": MaskedGemm,
     "masked_grad_weight": MaskedGradWeight,
+    "masked_update_gemm": MaskedGemm,
+    "masked_update_grad_x": MaskedGemm,
+    "multi_mask_gemm": MaskedGemm,
+    "multi_mask_grad_x": MaskedGemm,
+    "multi_mask_grad_weight": MaskedGradWeight,
+    "multi_mask_decode": MultiMaskDecode,
 }

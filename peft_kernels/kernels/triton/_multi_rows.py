@@ -71,7 +71,7 @@ class SortedPlaces:
 
 
 @triton.jit
-def _ends_of(ends, segments, inside):
+def ends_of(ends, segments, inside):
     """(begin, end) of segments."""
     begin = tl.load(ends + segments - 1, mask=inside & (segments > 0), other=0)
     return begin, tl.load(ends + segments, mask=inside, other=0)
@@ -84,10 +84,10 @@ def _list_tiles(ends, tiles, firsts, count, number, BLOCK_M: tl.constexpr, BLOCK
     before = tl.zeros((BLOCK,), dtype=tl.int32)
     for at in range(0, segment, BLOCK):
         others = at + tl.arange(0, BLOCK)
-        begin, end = _ends_of(ends, others, others < segment)
+        begin, end = ends_of(ends, others, others < segment)
         before += (end - begin + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(before, 0)
-    begin, end = _ends_of(ends, segment, segment >= 0)
+    begin, end = ends_of(ends, segment, segment >= 0)
     stop = first + (end - begin + BLOCK_M - 1) // BLOCK_M
     tl.store(firsts + segment, first)
     if segment == count:
