@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_kernels.checks import FLOATS, MAX_RANK, check_rank
 from peft_kernels.formats import _pool_files
+from peft_kernels.formats._open_ids import BASE_NAME, OpenIds
 from peft_kernels.formats._pool_device import Memory
 from peft_kernels.formats._pool_files import ALIGN, Packed, Scalings, Sizes, some
 from peft_kernels.formats._pool_memory import Runs
@@ -42,9 +43,6 @@ __all__ = [
     "UnknownAdapterError",
 ]
 
-BASE_NAME = "__base__"
-"""The name of no adapter, as in Hugging Face PEFT: its id is -1."""
-
 
 class PoolLayer(NamedTuple):
     """One layer of a pool, in the place of factors for `multi_lora_linear`. `position`: its place in the table."""
@@ -52,13 +50,6 @@ class PoolLayer(NamedTuple):
     pool: AdapterPool
     name: str
     position: int
-
-
-class _OpenBlocks(threading.local):
-    """The ids of the `use` blocks that this thread has open, the innermost last."""
-
-    def __init__(self) -> None:
-        self.ids: list[Tensor] = []
 
 
 class AdapterPool:
@@ -137,7 +128,7 @@ class AdapterPool:
         widths = [1 if max_rank is None else max_rank] * len(self.sizes)
         self._state = Residency(runs, self._memory, slots, host_budget, widths, max_rank is not None)
         self._lock = threading.RLock()
-        self._open = _OpenBlocks()
+        self._open = OpenIds()
 
     @classmethod
     def for_model(
@@ -247,18 +238,16 @@ class AdapterPool:
         Args, yields and raises as `ids`.
         """
         held, ids = self._hold("use", names)
-        self._open.ids.append(ids)
         try:
-            yield ids
+            with self._open.opened(ids):
+                yield ids
         finally:
-            self._open.ids.pop()
             self._release(held)
 
     @property
     def active_ids(self) -> Tensor | None:
         """The ids of the innermost `use` block that this thread has open, or None."""
-        ids = self._open.ids
-        return ids[-1] if ids else None
+        return self._open.active
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Brings evicted adapters back, on a GPU on a stream of its own while the current one computes.

@@ -10,6 +10,7 @@ from peft_kernels.nn.lora import FusedLoRALinear
 from peft_kernels.nn.masked import MaskedLinear
 from peft_kernels.nn.masked_lora import MaskedLoRALinear
 from peft_kernels.nn.multi_lora import MultiLoRALinear, attach_pool, detach_pool
+from peft_kernels.nn.multi_mask import MultiMaskLinear, Subnetworks, attach_masks, detach_masks
 from peft_kernels.nn.nf4 import NF4Linear
 from peft_kernels.nn.pruned import replace_pruned
 from peft_kernels.nn.qlora import FusedQLoRALinear
@@ -30,11 +31,15 @@ __all__ = [
     "MaskedLoRALinear",
     "MergeError",
     "MultiLoRALinear",
+    "MultiMaskLinear",
     "NF4Linear",
     "SparseDeltaLinear",
     "SparseLinear",
+    "Subnetworks",
     "add_lora",
+    "attach_masks",
     "attach_pool",
+    "detach_masks",
     "detach_pool",
     "load_adapter",
     "merge_adapter",

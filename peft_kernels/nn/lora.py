@@ -341,3 +341,13 @@ def dense_weight_of(name: str, linear: Any) -> nn.Parameter:
             "expected exactly torch.nn.Linear or transformers' Conv1D"
         )
     return nn.Parameter(linear.weight.detach().t(), requires_grad=False) if is_conv1d(linear) else linear.weight
+
+
+def plain_linear(kind: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+    """A layer of the kind that `dense_weight_of` took its weight from, an `nn.Linear` or a `Conv1D`, sharing both."""
+    n, k = weight.shape
+    with torch.device("meta"):
+        linear = nn.Linear(k, n, bias=bias is not None) if kind is nn.Linear else kind(n, k)
+    linear.weight = weight if kind is nn.Linear else nn.Parameter(weight.detach().t(), requires_grad=False)
+    linear.bias = bias
+    return linear

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from peft_kernels.checks import check_floating
@@ -16,7 +15,7 @@ from peft_kernels.functional import multi_lora_linear
 from peft_kernels.nn._layers import flags_kept
 from peft_kernels.nn._quantised import Quantised
 from peft_kernels.nn._sites import all_sites, check_open, compiled_modules, put_layers, replacement_objection, unwrap
-from peft_kernels.nn.lora import dense_weight_of, is_linear
+from peft_kernels.nn.lora import dense_weight_of, is_linear, plain_linear
 from peft_kernels.nn.nf4 import NF4Linear, is_quantised_linear, weight_of
 
 
@@ -128,14 +127,8 @@ class MultiLoRALinear(Quantised):
             linear = NF4Linear.__new__(NF4Linear)
             nn.Module.__init__(linear)
             linear._set_up(weight, bias)
-        elif self._kind is nn.Linear:
-            with torch.device("meta"):
-                linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
-            linear.weight, linear.bias = weight, bias
         else:
-            with torch.device("meta"):
-                linear = self._kind(self.out_features, self.in_features)
-            linear.weight, linear.bias = nn.Parameter(weight.detach().t()), bias
+            linear = plain_linear(self._kind, weight, bias)
         for parameter, trained in zip((linear.weight, linear.bias), self._trained, strict=True):
             if isinstance(parameter, nn.Parameter):
                 parameter.requires_grad_(trained)
