@@ -46,7 +46,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "mask_unpack": ("triton", "cpu", "reference"),
     "mask_apply": ("triton", "cpu", "reference"),
     "masked_linear": ("triton", "cpu", "composed", "reference"),
-    "masked_lora_linear": ("cpu", "composed", "reference"),
+    "masked_lora_linear": ("triton", "cpu", "composed", "reference"),
     "multi_mask_linear": ("triton", "composed", "reference"),
     "sparse_delta_linear": ("triton", "cpu", "composed", "reference"),
     "sparse_linear": ("cuda", "triton", "cpu", "composed", "reference"),

@@ -39,7 +39,7 @@ def masked_gemm(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = 
     """
     m, (n, k) = x.shape[0], weight.shape
     columns, length = (k, n) if by_rows else (n, k)
-    form, config = _form(x, weight, columns, by_rows)
+    form, config = form_of(x, weight, columns, by_rows)
     tiles = _launch.blocks(m, config.block_m) * _launch.blocks(columns, config.block_n)
     splits, per_split = _launch.split(length, config.block_k, tiles, config.programs)
     out = torch.empty((splits, m, columns), dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
@@ -60,18 +60,19 @@ def masked_gemm(x: Tensor, weight: Tensor, words: Tensor, bias: Tensor | None = 
 
 
 def w_first(config: Any) -> bool:
+    """Whether W is the first operand."""
     return config.block_m <= _FEW
 
 
-def _form(x: Tensor, weight: Tensor, columns: int, by_rows: bool) -> tuple[str, Any]:
+def form_of(x: Tensor, weight: Tensor, columns: int, by_rows: bool, **more: Any) -> tuple[str, Any]:
     """The first form that takes these strides and addresses and has a configuration for these sizes, and that."""
     form = "masked_grad_x" if by_rows else "masked_gemm"
-    arch, m = _launch.architecture(x.device), _launch.bucket(x.shape[0])
+    arch, sizes = _launch.architecture(x.device), {"m": _launch.bucket(x.shape[0]), "n": columns, **more}
     if x.dtype.itemsize == 2 and rows_fit(x) and rows_fit(weight):
-        config = tuning.config(arch, f"{form}_tma", x.dtype, m=m, n=columns)
+        config = tuning.config(arch, f"{form}_tma", x.dtype, **sizes)
         if config is not None:
             return f"{form}_tma", config
-    return form, tuning.config(arch, form, x.dtype, m=m, n=columns)
+    return form, tuning.config(arch, form, x.dtype, **sizes)
 
 
 @triton.jit(do_not_specialize=["M"])

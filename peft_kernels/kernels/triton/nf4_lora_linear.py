@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.kernels.composed._passes import sum_rows
 from peft_kernels.kernels.reference.philox_dropout import scale
 from peft_kernels.kernels.triton import _launch, _measured
 from peft_kernels.kernels.triton.lora_linear import grad_s_and_b
@@ -36,12 +37,25 @@ def forward(x, q, bias, lora_A, lora_B, scaling, dropout_p, seed):
 def backward(grad_y, x, s, q, lora_A, lora_B, scaling, dropout_p, seed, needs):
     """Gradients (dx, None, dbias, dA, dB); None also where `needs` says that nobody asked."""
     from peft_kernels.kernels.triton._nf4_grad_x import nf4_grad_x
-    from peft_kernels.kernels.triton._sum_over_rows import partial_sums
+
+    def grad_x_of(grad_s, a):
+        return nf4_grad_x(grad_y, q, grad_s, a, scaling, dropout_p, seed)
 
     need_x, _, need_bias, need_a, need_b = needs
+    wanted = (need_x, need_a, need_b)
+    grad_x, grad_a, grad_b = gradients(grad_x_of, grad_y, x, s, lora_A, lora_B, scaling, dropout_p, seed, wanted)
+    return grad_x, None, sum_rows(grad_y) if need_bias else None, grad_a, grad_b
+
+
+def gradients(grad_x_of, grad_y, x, s, lora_A, lora_B, scaling, dropout_p, seed, needs):
+    """(dx, dA, dB) of an adapter beside a base, whose `grad_x_of(dS, A)` is dX with the low-rank part; None where
+    `needs` says that nobody asked."""
+    from peft_kernels.kernels.triton._sum_over_rows import partial_sums
+
+    need_x, need_a, need_b = needs
     a, b = lora_A.to(grad_y.dtype), lora_B.to(grad_y.dtype)
     grad_s, partials_b = grad_s_and_b(grad_y, s, b, need_x or need_a, need_b, seed is not None)
-    grad_x = nf4_grad_x(grad_y, q, grad_s, a, scaling, dropout_p, seed) if need_x else None
+    grad_x = grad_x_of(grad_s, a) if need_x else None
     reduce = torch.ops.peft_kernels.splitk_reduce
     grad_a = grad_b = None
     if need_a:
@@ -49,5 +63,4 @@ def backward(grad_y, x, s, q, lora_A, lora_B, scaling, dropout_p, seed, needs):
     if need_b:
         partials_b = partial_sums(s, grad_y, transposed=True) if partials_b is None else partials_b
         grad_b = reduce(partials_b, scaling, lora_B.dtype)
-    grad_bias = grad_y.sum(0, dtype=torch.promote_types(torch.float32, grad_y.dtype)) if need_bias else None
-    return grad_x, None, grad_bias, grad_a, grad_b
+    return grad_x, grad_a, grad_b

@@ -1,0 +1,85 @@
+"""`masked_lora_linear` in fused Triton kernels (`_masked_lora_gemm`).
+
+Beside the mask, as `lora_linear`, whose passes it shares: S, then y as the masked GEMM with the low-rank step first;
+dS, dX likewise, dA and dB. A weight that is 0 outside the mask already goes into `lora_linear`'s kernels. Inside the
+mask y and dX take one launch each, the update made tile by tile; its gradients, which need (dYᵀ x) ⊙ M, are
+`composed`'s strips: one product of W's size whoever makes it.
+
+Floor, M=8192, K=N=4096, r=16, bf16: beside 349 us forward and backward each; inside 392 us, and 392 + 348 backward.
+Compiled for sm_80 and sm_90 and interpreted on the CPU; never run on a GPU yet (docs/kernels_sparse.md).
+"""
+
+from __future__ import annotations
+
+from peft_kernels.checks import MAX_RANK
+from peft_kernels.kernels.composed import masked_lora_linear as composed
+from peft_kernels.kernels.composed._passes import sum_rows
+from peft_kernels.kernels.triton import _launch, _measured, lora_linear
+from peft_kernels.kernels.triton.nf4_lora_linear import gradients
+
+# Of an update inside the mask: the product for a tile then takes half the time of the tile's own.
+MOST_RANKS_INSIDE = 64
+
+
+def unsupported(problem) -> str | None:
+    most = MOST_RANKS_INSIDE if problem.update_masked else MAX_RANK
+    if problem.weight_dtype is None:
+        return "reads dense weights; over NF4 composed decodes pieces"
+    if problem.r > most:
+        return f"rank {problem.r} is above {most}"
+    if problem.update_masked and problem.dropout:
+        return "dropout gives an update inside the mask another x than the weight's: two products"
+    dtypes = (problem.dtype, problem.weight_dtype, problem.adapter_dtype)
+    return _launch.unavailable(problem.device, problem.device_index, *dtypes)
+
+
+def unproven(problem) -> str | None:
+    return _measured.unproven("masked_lora_linear", problem)
+
+
+def _is_whole(weight, clean: bool, dtype) -> bool:
+    """Whether the weight goes into `lora_linear` as it is."""
+    return clean and weight.dtype == dtype
+
+
+def forward(x, weight, words, clean, bias, lora_A, lora_B, scaling, dropout_p, seed, update_masked):
+    from peft_kernels.kernels.triton._down_projection import down_projection
+    from peft_kernels.kernels.triton._masked_lora_gemm import masked_lora_gemm, masked_update_gemm
+
+    if update_masked:
+        y = masked_update_gemm(x, weight, words, lora_A, lora_B, scaling, bias, by_rows=False)
+        return y, x.new_empty(x.shape[0], 0)
+    if _is_whole(weight, clean, x.dtype):
+        return lora_linear.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    s = down_projection(x, lora_A.to(x.dtype), dropout_p, seed)
+    return masked_lora_gemm(x, weight, words, s, lora_B.to(x.dtype).t(), scaling, bias, by_rows=False), s
+
+
+def backward(
+    grad_y, x, s, weight, words, clean, lora_A, lora_B, scaling, dropout_p, seed, update_masked, needs
+):  # fmt: skip
+    """Gradients (dx, dbias, dA, dB); None where `needs` says that nobody asked."""
+    from peft_kernels.kernels.triton._masked_lora_gemm import masked_lora_gemm, masked_update_gemm
+
+    need_x, need_bias, need_a, need_b = needs
+    if update_masked:
+        grads = composed.backward(
+            grad_y, x, s, weight, words, clean, lora_A, lora_B, scaling, dropout_p, seed, True,
+            (False, need_bias, need_a, need_b),
+        )  # fmt: skip
+        grad_x = masked_update_gemm(grad_y, weight, words, lora_A, lora_B, scaling, by_rows=True) if need_x else None
+        return grad_x, *grads[1:]
+    if _is_whole(weight, clean, grad_y.dtype):
+        wanted = (need_x, False, need_bias, need_a, need_b)
+        grads = lora_linear.backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, wanted)
+        return grads[0], *grads[2:]
+
+    def grad_x_of(grad_s, a):
+        return masked_lora_gemm(
+            grad_y, weight, words, grad_s, a, scaling, None, dropout_p, seed, by_rows=True
+        )  # fmt: skip
+
+    grad_x, grad_a, grad_b = gradients(
+        grad_x_of, grad_y, x, s, lora_A, lora_B, scaling, dropout_p, seed, (need_x, need_a, need_b)
+    )
+    return grad_x, sum_rows(grad_y) if need_bias else None, grad_a, grad_b
