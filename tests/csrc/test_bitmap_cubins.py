@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.csrc.test_cubins import archs, dump
+from tests.csrc.test_cubins import archs, dump, functions
 
 WEIGHTS = 16 * 8  # of a lane, in a chunk
 
@@ -59,13 +59,10 @@ def code(request: pytest.FixtureRequest) -> list[Code]:
     if _native.why_not("_cuda") is not None:
         pytest.skip(str(_native.why_not("_cuda")))
     module = _native.load("_cuda")
-    names = set(re.findall(r"Function (\S*bitmap_linear_kernel\S*):", dump(module.__file__, "-res-usage")))
     found = []
-    for section in re.split(r"\narch = ", dump(module.__file__, "-sass", "-fun", ",".join(sorted(names))))[1:]:
-        for function in re.split(r"\n\s*Function : ", section)[1:]:
-            name = re.match(r"\S*bitmap_linear_kernelI(6__half|13__nv_bfloat16)E", function)
-            if name:
-                found.append(_code(section.split()[0], name[1], function))
+    for arch, function, sass in functions(module.__file__, "bitmap_linear"):
+        if name := re.match(r"\S*bitmap_linear_kernelI(6__half|13__nv_bfloat16)E", function):
+            found.append(_code(arch, name[1], sass))
     assert len(found) == 2 * len(archs(module))
     return found
 

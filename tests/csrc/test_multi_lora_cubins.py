@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.csrc.test_cubins import archs, dump
+from tests.csrc.test_cubins import archs, dump, functions
 
 KERNELS = 18  # x in two types, adapters in three, buckets of 16, 32 and 64 ranks
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # csrc/numeric.h
@@ -43,11 +43,10 @@ def code() -> list[Code]:
     if _native.why_not("_cuda") is not None:
         pytest.skip(str(_native.why_not("_cuda")))
     module, found = _native.load("_cuda"), []
-    for section in re.split(r"\narch = ", dump(module.__file__, "-sass"))[1:]:
-        for function in re.split(r"\n\s*Function : ", section)[1:]:
-            if name := NAME.match(function):
-                lines = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);\s*/\*", function)
-                found.append(Code(section.split()[0], *map(int, name.groups()), lines))
+    for arch, function, sass in functions(module.__file__, "multi_lora_linear"):
+        if name := NAME.match(function):
+            lines = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);\s*/\*", sass)
+            found.append(Code(arch, *map(int, name.groups()), lines))
     assert len(found) == KERNELS * len(archs(module))
     return found
 

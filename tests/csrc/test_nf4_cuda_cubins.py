@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.csrc.test_cubins import archs, dump
+from tests.csrc.test_cubins import archs, dump, functions
 
 PLAIN, NESTED, ANY = "plain", "nested", "any"
 # Of a lane, in a turn of the main loop: 4 units of 2 rows and 32 columns.
@@ -29,12 +29,11 @@ class Code(NamedTuple):
 
 def kernels(cuda) -> list[Code]:
     found = []
-    for section in re.split(r"\narch = ", dump(cuda.__file__, "-sass"))[1:]:
-        for function in re.split(r"\n\s*Function : ", section)[1:]:
-            name = re.match(r"\S*nf4_linear_kernelI(6__half|13__nv_bfloat16)Li(\d)ELNS_4RowsE(\d)E", function)
-            if name:
-                lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);\s*/\*", function)]
-                found.append(_code(section.split()[0], name, lines))
+    for arch, function, sass in functions(cuda.__file__, "nf4_linear"):
+        name = re.match(r"\S*nf4_linear_kernelI(6__half|13__nv_bfloat16)Li(\d)ELNS_4RowsE(\d)E", function)
+        if name:
+            lines = [(int(m[1], 16), m[2]) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);\s*/\*", sass)]
+            found.append(_code(arch, name, lines))
     return found
 
 
@@ -113,5 +112,5 @@ def test_clusters_and_overlapping_launches(code, cuda):
         new = int(re.sub(r"\D", "", kernel.arch)) >= 90
         assert kernel.count("UCGABAR_WAIT") == (2 if new else 0), kernel[:4]
         assert kernel.count("ACQBULK") == (1 if new else 0), kernel[:4]
-    down = [f for f in re.split(r"\n\s*Function : ", dump(cuda.__file__, "-sass"))[1:] if "lora_down" in f[:200]]
+    down = [sass for _, name, sass in functions(cuda.__file__, "lora_down") if "lora_down" in name]
     assert sum("PREEXIT" in f for f in down) == 2 * sum(int(re.sub(r"\D", "", arch)) >= 90 for arch in archs(cuda))
