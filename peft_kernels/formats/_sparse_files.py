@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_kernels.formats import _block, _nf4_bitmap, _semi_structured, bitmap
+from peft_kernels.formats import _block, _nf4_bitmap, _semi_structured, bitmap, csr
 from peft_kernels.formats.bitmap import BitmapWeight
 from peft_kernels.formats.sparse import SparseWeight, from_numbers
 
@@ -27,6 +27,7 @@ _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.f
 # How many tensors and numbers a weight of each layout has.
 _SIZES = {
     "bitmap": ((4,), 5),
+    csr.LAYOUT: ((3,), 4),
     _semi_structured.LAYOUT: ((2,), 3),
     _block.LAYOUT: ((3,), 4),
     _nf4_bitmap.LAYOUT: ((4, 7), 7),
@@ -68,7 +69,7 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[st
 
     Raises:
         ValueError: the file is cut short or no such file, or a weight in it contradicts itself: a wrong size or dtype,
-            an index out of range, blocks that are not in order. The message names file and weight.
+            an index out of range, blocks or columns that are not in order. The message names file and weight.
     """
     try:
         with safe_open(path, "pt") as file:

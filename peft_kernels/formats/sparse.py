@@ -3,6 +3,7 @@
 Layouts, and what a weight takes at density d (bytes of a 16-bit weight, 2 dense):
 
     "bitmap"  1 bit for every weight and the kept numbers: 0.125 + 2 d, and padding (`formats.bitmap`)
+    "csr"     the kept numbers and their columns: 4 d, and padding (`formats.csr`)
     "2:4"     two of four neighbours, with two bits each for their places: 1.125
     "block"   whole blocks of 32, 64 or 128: 2 d', d' the density of blocks
     bitmap over NF4: 1 bit for every weight, 4 bits for the kept ones, and the absmax values: 0.125 + 0.5 d + 0.016
@@ -18,24 +19,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peft_kernels.formats import _block, _nf4_bitmap, _semi_structured, bitmap
+from peft_kernels.formats import _block, _nf4_bitmap, _semi_structured, bitmap, csr
 from peft_kernels.formats._block import BlockWeight
 from peft_kernels.formats._nf4_bitmap import Nf4BitmapWeight
 from peft_kernels.formats._semi_structured import SemiStructuredWeight
 from peft_kernels.formats.bitmap import BitmapWeight, compress_bitmap
+from peft_kernels.formats.csr import CsrWeight, compress_csr
 from peft_kernels.formats.mask import PackedMask
 from peft_kernels.formats.nf4 import NF4Weight
 
 BITMAP = "bitmap"
-LAYOUTS = (BITMAP, _semi_structured.LAYOUT, _block.LAYOUT)
+LAYOUTS = (BITMAP, csr.LAYOUT, _semi_structured.LAYOUT, _block.LAYOUT)
 
 __all__ = [
-    "LAYOUTS", "BitmapWeight", "BlockWeight", "Nf4BitmapWeight", "SemiStructuredWeight", "SparseWeight", "compress",
-    "from_numbers", "load", "save",
+    "LAYOUTS", "BitmapWeight", "BlockWeight", "CsrWeight", "Nf4BitmapWeight", "SemiStructuredWeight", "SparseWeight",
+    "compress", "from_numbers", "load", "save",
 ]  # fmt: skip
 
 
-SparseWeight = BitmapWeight | SemiStructuredWeight | BlockWeight | Nf4BitmapWeight
+SparseWeight = BitmapWeight | CsrWeight | SemiStructuredWeight | BlockWeight | Nf4BitmapWeight
 """A compressed weight [out_features, in_features], immutable."""
 
 
@@ -54,7 +56,7 @@ def compress(
     Args:
         weight: [out_features, in_features], floating-point, any strides; or with layout "bitmap" an `NF4Weight`, whose
             kept weights stay in the same 4 bits.
-        layout: "bitmap", "2:4" or "block".
+        layout: "bitmap", "csr", "2:4" or "block".
         block: of layout "block": the side of a block, 32, 64 or 128.
         mask: which weights are kept, on the weight's device; None keeps those that are not 0. With layout "block"
             every block that holds one is kept whole, zeros where the mask keeps nothing.
@@ -91,6 +93,8 @@ def compress(
 def _compress(weight, layout, block, mask, keep_transpose) -> SparseWeight:
     if layout == BITMAP:
         return compress_bitmap(weight, mask)
+    if layout == csr.LAYOUT:
+        return compress_csr(weight, mask)
     kept = None if mask is None else mask.unpack()
     if kept is not None:
         weight = torch.where(kept, weight, 0)
@@ -118,6 +122,8 @@ def from_numbers(layout: str, tensors: Sequence[Tensor], numbers: Sequence[int],
         return _nf4_bitmap.from_numbers(tensors, numbers, dtype)
     if layout == BITMAP:
         return bitmap.from_numbers(tensors, numbers)
+    if layout == csr.LAYOUT:
+        return csr.from_numbers(tensors, numbers)
     raise ValueError(f"sparse weight: no layout {layout!r}")
 
 

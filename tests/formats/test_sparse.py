@@ -16,7 +16,7 @@ from tests.problems.sparse import drawn_blocks, two_of_four
 
 BF16, F32 = torch.bfloat16, torch.float32
 N, K = 75, 101
-LAYOUTS = ("bitmap", "2:4", "block", "nf4+bitmap")
+LAYOUTS = ("bitmap", "csr", "2:4", "block", "nf4+bitmap")
 
 
 def kept_for(layout: str, n: int = N, k: int = K, density: float = 0.4) -> torch.Tensor:
@@ -53,6 +53,7 @@ def test_dense_has_the_bits_of_the_weight(layout, dtype):
     assert torch.equal(weight.dense(torch.float64), dense.double()) or layout == "nf4+bitmap"
     if hasattr(weight, "dense_rows"):
         assert torch.equal(weight.dense_rows(13, 70), dense[13:70])
+    if hasattr(weight, "dense_columns"):
         assert torch.equal(weight.dense_columns(37, 99), dense[:, 37:99])
     again = sparse.from_numbers(weight.layout, weight.tensors, weight.numbers, dtype)
     assert torch.equal(bits(again.dense()), bits(dense))
@@ -68,13 +69,13 @@ def test_sizes_in_memory(layout):
         expected = 0.125 + found.density / 2 + 1 / 64 + 0.02
     else:
         found = sparse.compress(weight, layout, block=32)
-        extra = {"bitmap": 0.125, "2:4": 0.125, "block": 0.01}[layout]
-        expected = extra + 2 * found.density * (1.2 if layout == "bitmap" else 1)
+        extra = {"bitmap": 0.125, "csr": 0.02, "2:4": 0.125, "block": 0.01}[layout]
+        expected = extra + 2 * found.density * {"bitmap": 1.2, "csr": 2.0}.get(layout, 1)
     assert found.nbytes <= expected * size
     assert found.density == pytest.approx(0.5 if layout == "2:4" else kept.float().mean().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:3])
+@pytest.mark.parametrize("layout", LAYOUTS[:4])
 def test_special_numbers(layout):
     """Infinity and NaN are kept, -0 is not; with a mask what lies outside has no effect."""
     weight = torch.zeros(64, 64)
@@ -151,7 +152,7 @@ def test_2_4_along_both_directions_is_noticed():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"layout": "csr"}, ValueError, "layout is 'csr'; expected one of 'bitmap', '2:4', 'block'"),
+        ({"layout": "coo"}, ValueError, "layout is 'coo'; expected one of 'bitmap', 'csr', '2:4', 'block'"),
         ({"layout": "block", "block": 48}, ValueError, "block is 48; expected 32, 64 or 128"),
         ({"weight": torch.zeros(8)}, ValueError, r"weight has shape \(8,\)"),
         ({"weight": torch.zeros(8, 8, dtype=torch.int32)}, TypeError, "dtype torch.int32"),
@@ -231,6 +232,16 @@ def put(place: int, value: int):
         ("bitmap", 2, put(1, 100000), "starts are not what the bits say"),
         ("bitmap", 3, put(0, 1), "each of 75 rows once"),
         ("bitmap", 1, put(0, 255), "contradict the bits|not what the bits say"),
+        ("csr", 0, lambda t: t[:-1], "columns have"),
+        ("csr", 1, put(2, K + 1), "columns 0 to 102"),
+        ("csr", 1, put(2, -5), "columns 0 to 65531"),
+        ("csr", 1, put(1, 0), "not in order, or one occurs twice"),
+        ("csr", 1, put(0, K), "not in order, or one occurs twice"),
+        ("csr", 0, put(-1, 1), "beyond the last column"),
+        ("csr", 2, put(3, 1), "starts do not ascend"),
+        ("csr", 2, put(0, 1), "starts do not ascend"),
+        ("csr", 2, put(-1, 1), "starts do not ascend"),
+        ("csr", 2, lambda t: t[:-1], "starts have"),
         ("nf4+bitmap", 0, lambda t: t[:-1], "codes have"),
         ("nf4+bitmap", 1, put(3, -1), "row_starts|beyond the last column"),
         ("nf4+bitmap", 3, lambda t: t[:1], "absmax"),
@@ -254,7 +265,7 @@ def test_a_file_of_something_else_is_refused(file, tmp_path):
     save_file(tensors, tmp_path / "unnamed", metadata={"peft_kernels.sparse": "1"})
     with pytest.raises(ValueError, match="tensors of no weight"):
         sparse.load(tmp_path / "unnamed")
-    metadata = {"peft_kernels.sparse": "1", "peft_kernels.sparse:w": '{"layout": "csr"}'}
+    metadata = {"peft_kernels.sparse": "1", "peft_kernels.sparse:w": '{"layout": "coo"}'}
     save_file({}, tmp_path / "unknown", metadata=metadata)
     with pytest.raises(ValueError, match="no layout, dtype and numbers"):
         sparse.load(tmp_path / "unknown")

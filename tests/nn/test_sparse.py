@@ -15,7 +15,7 @@ from peft_kernels.nn import NF4Linear, SparseLinear
 from tests.problems.sparse import drawn_blocks, drawn_mask, two_of_four
 
 N, K = 70, 52
-LAYOUTS = ("bitmap", "2:4", "block", "nf4")
+LAYOUTS = ("bitmap", "csr", "2:4", "block", "nf4")
 
 
 def pruned(layout: str, seed: int = 1, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, SparseLinear]:

@@ -403,6 +403,7 @@ ARGUMENTS = {
         sparse_arguments(),
         sparse_arguments(layout="2:4", m=(), dtype=BF16),
         sparse_arguments(layout="bitmap", m=(0,), bias=False),
+        sparse_arguments(layout="csr", m=(2, 3)),
         sparse_arguments(nf4=True, m=(3, 5)),
     ],
     "sparse_linear_backward": [
@@ -410,6 +411,7 @@ ARGUMENTS = {
         sparse_backward(needs=(False, True, False), dtype=BF16),
         sparse_backward(needs=(True, False, True), layout="2:4", m=(3, 5)),
         sparse_backward(needs=(True, False, False), layout="bitmap"),
+        sparse_backward(needs=(True, False, True), layout="csr"),
         sparse_backward(needs=(True, False, True), nf4=True, m=(0,)),
     ],
     "philox_dropout": [

@@ -17,8 +17,8 @@ from tests.problems import SparseProblem
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 BACKENDS = on_cpu("sparse_linear")
-LAYOUTS = [{"layout": "block"}, {"layout": "2:4"}, {"layout": "bitmap"}, {"nf4": True}]
-BY_LAYOUT = pytest.mark.parametrize("options", LAYOUTS, ids=["block", "2:4", "bitmap", "nf4"])
+LAYOUTS = [{"layout": "block"}, {"layout": "2:4"}, {"layout": "bitmap"}, {"nf4": True}, {"layout": "csr"}]
+BY_LAYOUT = pytest.mark.parametrize("options", LAYOUTS, ids=["block", "2:4", "bitmap", "nf4", "csr"])
 
 
 @pytest.fixture(params=BACKENDS)
@@ -35,7 +35,7 @@ def run_by(backend: str, problem: SparseProblem):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("options", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3]], ids=["block", "bitmap", "nf4"])
+@pytest.mark.parametrize("options", [LAYOUTS[0], *LAYOUTS[2:]], ids=["block", "bitmap", "nf4", "csr"])
 def test_densities(backend, options, density):
     """The last blocks reach over both edges."""
     problem = SparseProblem(9, 140, 170, density=density, **options)

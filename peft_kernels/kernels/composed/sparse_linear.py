@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.formats.sparse import BitmapWeight, BlockWeight, SparseWeight
+from peft_kernels.formats.sparse import BitmapWeight, BlockWeight, CsrWeight, SparseWeight
 from peft_kernels.kernels._masked import strips
 from peft_kernels.kernels.composed._passes import sum_rows
 
@@ -67,7 +67,7 @@ def _grad_x(grad_y, weight):
     if _skips(weight):
         _block_columns(grad_x, grad_y, weight)
         return grad_x
-    if isinstance(weight, BitmapWeight):
+    if isinstance(weight, BitmapWeight | CsrWeight):
         return _grad_x_by_rows(grad_y, weight)
     for start, stop in strips(k, n * grad_y.element_size(), weight.device):
         torch.mm(grad_y, weight.dense_columns(start, stop, grad_y.dtype), out=grad_x[:, start:stop])
@@ -77,7 +77,7 @@ def _grad_x(grad_y, weight):
 def _grad_x_by_rows(grad_y, weight):
     wide = torch.promote_types(torch.float32, grad_y.dtype)
     total = torch.zeros(grad_y.shape[0], weight.shape[1], dtype=wide, device=grad_y.device)
-    for rows, piece in weight.pieces(grad_y.dtype):
+    for rows, piece in _row_pieces(weight, grad_y.dtype):
         total.addmm_(grad_y[:, rows].to(wide), piece.to(wide))
     return total.to(grad_y.dtype)
 
