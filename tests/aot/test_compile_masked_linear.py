@@ -96,17 +96,21 @@ def _config(case: Case):
     return tuning.config(case.arch, case.kernel, case.dtype, m=case.m, n=N)
 
 
-def main_loop(machine: Machine) -> list[str]:
-    """The instructions of the shortest loop that multiplies: waits for copies are loops too."""
+def loops(machine: Machine) -> list[list[str]]:
+    """The instructions of each loop that multiplies: waits for copies are loops too."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", machine.sass)
     lines = [(int(address, 16), text) for address, text in found]
-    loops = []
+    found_loops = []
     for address, text in lines:
         jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         if jump and int(jump[1], 16) < address:
             loop = [other for place, other in lines if int(jump[1], 16) <= place <= address]
-            loops += [loop] * any("MMA" in other for other in loop)
-    return min(loops, key=len)
+            found_loops += [loop] * any("MMA" in other for other in loop)
+    return found_loops
+
+
+def main_loop(machine: Machine) -> list[str]:
+    return min(loops(machine), key=len)
 
 
 def instructions_a_weight(machine: Machine, config) -> float:

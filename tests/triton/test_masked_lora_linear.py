@@ -101,11 +101,11 @@ def test_an_update_is_rounded_once_with_its_weight():
     """W + s B A in float32, then float16: 1 + 2⁻¹¹ + 2⁻¹¹ is neither number's rounding but the next float16."""
     from peft_kernels.kernels.triton._masked_lora_gemm import masked_update_gemm
 
-    weight, ones = torch.full((8, 32), 1 + 2.0**-11), torch.ones(1, 32)
+    weight, ones = torch.full((8, 32), 1 + 2.0**-11), torch.ones(1, 32, dtype=F16)
     words = pack(torch.ones(8, 32, dtype=torch.bool)).words
     for by_rows in (False, True):
         x = torch.eye(8 if by_rows else 32, dtype=F16)
-        y = masked_update_gemm(x, weight, words, ones, torch.ones(8, 1), 2.0**-11, by_rows=by_rows)
+        y = masked_update_gemm(x, weight, words, ones, ones[:, :8].t(), 2.0**-11, by_rows=by_rows)
         assert torch.equal(y, torch.full(y.shape, 1 + 2.0**-10, dtype=F16))
 
 

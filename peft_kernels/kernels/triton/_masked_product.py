@@ -33,7 +33,7 @@ def add_masked_product(
 
     Rows of the mask, `words_in_row` words, follow K, or N when BY_ROWS. With TMA x and w are descriptors, that of w as
     it lies, and the rows are those from `row` on. `everything`, None or bits that are kept besides. a and b: None, or
-    A [R, K] and B [N, R] of an update of the rank R <= BLOCK_R (N and K of W as it lies).
+    A [R, K] and B [N, R] of an update of the rank R <= BLOCK_R (N and K of W as it lies) in x's dtype.
     """
     columns = column + tl.arange(0, BLOCK_N)
     columns_in = columns < N
@@ -95,10 +95,10 @@ def add_masked_product(
         if a is not None:
             if BY_ROWS:
                 b_tile = tl.load(moving, mask=inner_in[:, None] & ranks_in[None, :], other=0.0)
-                update = tl.dot(b_tile.to(x_tile.dtype), fixed.to(x_tile.dtype), input_precision=PRECISION)
+                update = tl.dot(b_tile, fixed, input_precision=PRECISION)
             else:
                 a_tile = tl.load(moving, mask=ranks_in[:, None] & inner_in[None, :], other=0.0)
-                update = tl.dot(fixed.to(x_tile.dtype), a_tile.to(x_tile.dtype), input_precision=PRECISION)
+                update = tl.dot(fixed, a_tile, input_precision=PRECISION)
             w_tile = w_tile.to(tl.float32) + scaling * update
             moving += moving_step
         if BY_ROWS:

@@ -47,8 +47,8 @@ def forward(x, weight, words, clean, bias, lora_A, lora_B, scaling, dropout_p, s
     from peft_kernels.kernels.triton._masked_lora_gemm import masked_lora_gemm, masked_update_gemm
 
     if update_masked:
-        y = masked_update_gemm(x, weight, words, lora_A, lora_B, scaling, bias, by_rows=False)
-        return y, x.new_empty(x.shape[0], 0)
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return masked_update_gemm(x, weight, words, a, b, scaling, bias, by_rows=False), x.new_empty(x.shape[0], 0)
     if _is_whole(weight, clean, x.dtype):
         return lora_linear.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, seed)
     s = down_projection(x, lora_A.to(x.dtype), dropout_p, seed)
@@ -67,8 +67,10 @@ def backward(
             grad_y, x, s, weight, words, clean, lora_A, lora_B, scaling, dropout_p, seed, True,
             (False, need_bias, need_a, need_b),
         )  # fmt: skip
-        grad_x = masked_update_gemm(grad_y, weight, words, lora_A, lora_B, scaling, by_rows=True) if need_x else None
-        return grad_x, *grads[1:]
+        if not need_x:
+            return grads
+        a, b = lora_A.to(grad_y.dtype), lora_B.to(grad_y.dtype)
+        return masked_update_gemm(grad_y, weight, words, a, b, scaling, by_rows=True), *grads[1:]
     if _is_whole(weight, clean, grad_y.dtype):
         wanted = (need_x, False, need_bias, need_a, need_b)
         grads = lora_linear.backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, wanted)
