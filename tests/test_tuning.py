@@ -57,7 +57,7 @@ def test_every_size_has_a_configuration(arch, kernel):
         for m in (1, 64, 65, 10**6):
             for r in (1, 16, 33, 512):
                 for dropout in (False, True):
-                    assert tuning.config(arch, kernel, dtype, dropout=dropout, m=m, n=4096, r=r) is not None
+                    assert tuning.config(arch, kernel, dtype, dropout=dropout, m=m, n=4096, r=r, block=64) is not None
 
 
 def test_configurations_are_frozen():
@@ -384,7 +384,7 @@ def test_trials_answer_by_bucket_and_hear_everything():
 @pytest.mark.parametrize("kernel", CONFIGS)
 @pytest.mark.parametrize("extent", [SMALL, FULL])
 def test_candidates(kernel, extent):
-    in_force = tuning.config("sm_90", kernel, BF16, m=8192, n=4096, k=4096, r=16)
+    in_force = tuning.config("sm_90", kernel, BF16, m=8192, n=4096, k=4096, r=16, block=64)
     found = candidates.candidates(kernel, "bfloat16", in_force, extent, H200)
     assert found[0] == in_force
     assert len(set(found)) == len(found)

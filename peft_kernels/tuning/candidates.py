@@ -32,6 +32,7 @@ class Space:
         staged: tiles, each two fields, of which `num_stages` copies are in shared memory.
         accumulated: the tile, two fields, that is summed in registers, or None.
         optional: the op can do without this kernel.
+        most_accumulators: of a thread; half as many where there are two tiles of them.
     """
 
     fields: tuple[tuple[str, tuple[int, ...]], ...]
@@ -39,6 +40,7 @@ class Space:
     staged: tuple[tuple[str, str], ...] = ()
     accumulated: tuple[str, str] | None = None
     optional: bool = False
+    most_accumulators: int = MOST_ACCUMULATORS
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,30 @@ _NF4_GRAD_X = replace(_NF4_GEMM, staged=(("block_m", "block_n"),), accumulated=(
 _MULTI_DECODE = Space(
     (("block_n", (128, 256, 512)), ("block_k", (128, 256, 512)), _WARPS, ("num_stages", (2, 4, 6, 8))),
 )  # fmt: skip
+_BLOCK_GEMM = Space(
+    (("block_m", (16, 32, 64, 128)), ("block_k", (32, 64, 128)), _WARPS, _STAGES),
+    staged=(("block_m", "block_k"),),
+)
+_BLOCK_GRAD_VALUES = Space((("block_m", (16, 32, 64, 128)), _WARPS, _STAGES, _PROGRAMS), ("programs",))
 _MASKED_GEMM = replace(_NF4_GEMM, staged=(("block_m", "block_k"), ("block_n", "block_k")))
+_MASKED_GRAD_WEIGHT = Space(
+    (
+        ("block_m", (32, 64)),
+        ("block_n", (64, 128)),
+        ("block_k", (64, 128, 256)),
+        ("group_m", (4, 8, 16)),
+        _WARPS,
+        _STAGES,
+    ),
+    (),
+    (("block_m", "block_n"), ("block_m", "block_k")),
+    ("block_n", "block_k"),
+)
+# Masks share W through L2: the more of their tiles stand one after another, the less of it is read.
+_MULTI_MASK_GEMM = replace(
+    _MASKED_GEMM,
+    fields=tuple((name, (4, 8, 16, 64) if name == "group_m" else values) for name, values in _MASKED_GEMM.fields),
+)
 SPACES: dict[str, Space] = {
     "philox_dropout": Space((("block", (1024, 2048, 4096)), ("block_k", (256, 512, 1024)), _WARPS)),
     "gated_activation": Space((("block", (1024, 2048, 4096)), ("block_n", (256, 512, 1024)), _WARPS)),
@@ -143,19 +168,17 @@ SPACES: dict[str, Space] = {
     "masked_gemm_tma": replace(_MASKED_GEMM, optional=True),
     "masked_grad_x": _MASKED_GEMM,
     "masked_grad_x_tma": replace(_MASKED_GEMM, optional=True),
-    "masked_grad_weight": Space(
-        (
-            ("block_m", (32, 64)),
-            ("block_n", (64, 128)),
-            ("block_k", (64, 128, 256)),
-            ("group_m", (4, 8, 16)),
-            _WARPS,
-            _STAGES,
-        ),
-        (),
-        (("block_m", "block_n"), ("block_m", "block_k")),
-        ("block_n", "block_k"),
+    "masked_grad_weight": _MASKED_GRAD_WEIGHT,
+    "masked_update_gemm": _MASKED_GEMM,
+    "masked_update_grad_x": _MASKED_GEMM,
+    "multi_mask_gemm": _MULTI_MASK_GEMM,
+    "multi_mask_grad_x": _MULTI_MASK_GEMM,
+    "multi_mask_grad_weight": replace(_MASKED_GRAD_WEIGHT, most_accumulators=64),
+    "multi_mask_decode": Space(
+        (("block_n", (64, 128)), ("block_k", (128, 256, 512)), _WARPS, ("num_stages", (1, 2, 3)))
     ),
+    "block_gemm": _BLOCK_GEMM,
+    "block_grad_values": _BLOCK_GRAD_VALUES,
 }
 
 
@@ -221,4 +244,4 @@ def _fits(config: Config, space: Space, dtype: str, machine: Machine) -> bool:
     if space.accumulated is None:
         return True
     rows, columns = (getattr(config, name) for name in space.accumulated)
-    return rows * columns <= MOST_ACCUMULATORS * THREADS_PER_WARP * config.num_warps
+    return rows * columns <= space.most_accumulators * THREADS_PER_WARP * config.num_warps

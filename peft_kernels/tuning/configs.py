@@ -171,6 +171,25 @@ class MaskedGradWeight(Config):
 
 
 @dataclass(frozen=True)
+class BlockGemm(Config):
+    """Rows of a tile and terms of a step; fewer rows or smaller blocks of the weight cut both down. Indices are loaded
+    before what they lead to, which takes some of the stages: of 5, two are of blocks and columns of x."""
+
+    block_m: int
+    block_k: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class BlockGradValues(Config):
+    """`block_m` rows are summed in a step; the sum is split where there are fewer than `programs` blocks."""
+
+    block_m: int
+    num_stages: int
+    programs: int
+
+
+@dataclass(frozen=True)
 class MultiMaskDecode(Config):
     """`block_n` by `block_k` weights stay in a program's registers."""
 
@@ -262,4 +281,6 @@ CONFIGS: dict[str, type[Config]] = {
     "multi_mask_grad_x": MaskedGemm,
     "multi_mask_grad_weight": MaskedGradWeight,
     "multi_mask_decode": MultiMaskDecode,
+    "block_gemm": BlockGemm,
+    "block_grad_values": BlockGradValues,
 }

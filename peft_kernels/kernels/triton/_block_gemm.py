@@ -11,34 +11,17 @@ TB/s: 31 us. A dense product takes 348 us.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_kernels import tuning
 from peft_kernels.formats.sparse import BlockWeight
 from peft_kernels.kernels.triton import _launch
 from peft_kernels.kernels.triton._gemm_tile import add_bias, store_rows
 
-
-class Config(NamedTuple):
-    """Rows of a tile, columns of a block that a step multiplies, and Triton's options."""
-
-    block_m: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def config(dtype: torch.dtype, block: int, m: int) -> Config:
-    """Chosen by what was compiled (tests/aot/test_compile_block_linear.py); none has been measured yet. Indices are
-    loaded before what they lead to, which takes some of the stages: of 5, two are of blocks and columns of x."""
-    rows = min(128, max(16, _launch.bucket(m)))
-    if dtype == torch.float32:
-        return Config(min(rows, 64), 32, 4 if block < 128 else 8, 2)
-    return Config(rows, min(block, 64), 4 if rows < 128 or block < 128 else 8, 5)
+_FEWEST_ROWS = 16  # that tensor cores multiply
 
 
 def block_rows_gemm(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
@@ -65,12 +48,14 @@ def _gemm(x, weight, bias, places, lines, n_out, n_in, *, transposed) -> Tensor:
     if out.numel() == 0:
         return out
     values, (starts, others, order, longest) = weight.values.detach().contiguous(), places
-    chosen = config(x.dtype, weight.block, x.shape[0])
+    rows = _launch.bucket(x.shape[0])
+    chosen = tuning.config(_launch.architecture(x.device), "block_gemm", x.dtype, m=rows, block=weight.block)
+    block_m = min(chosen.block_m, max(_FEWEST_ROWS, rows))
     _launch.launch(
-        _block_gemm, (_launch.blocks(x.shape[0], chosen.block_m), lines), x.device,
+        _block_gemm, (_launch.blocks(x.shape[0], block_m), lines), x.device,
         x, values, weight.indices, bias, out, starts, others, order, longest, x.shape[0], n_out, n_in, *x.stride(),
         0 if bias is None else bias.stride(0),
-        BLOCK=weight.block, BLOCK_M=chosen.block_m, BLOCK_K=chosen.block_k, TRANSPOSED=transposed,
+        BLOCK=weight.block, BLOCK_M=block_m, BLOCK_K=min(weight.block, chosen.block_k), TRANSPOSED=transposed,
         PRECISION=_launch.dot_precision(x.dtype), num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
     return out

@@ -14,25 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peft_kernels import tuning
 from peft_kernels.formats.sparse import BlockWeight
 from peft_kernels.kernels.triton import _launch
-from peft_kernels.kernels.triton._block_gemm import Config
-
-_PROGRAMS = 264  # two for each multiprocessor of an H100
-
-
-def config(dtype: torch.dtype, block: int) -> Config:
-    """Chosen by what was compiled; none has been measured yet. Its rows are summed, `block_k` of them a step."""
-    if dtype == torch.float32:
-        return Config(block, 32, 4 if block < 128 else 8, 2)
-    return Config(block, 64, 4 if block < 128 else 8, 3)
 
 
 def block_grad_values(grad_y: Tensor, x: Tensor, weight: BlockWeight) -> Tensor:
     """[blocks, B, B] in the dtype of the values, for dY [M, N] and x [M, K] of one dtype and any strides."""
     (m, n), k, (blocks, block, _) = grad_y.shape, x.shape[1], weight.values.shape
-    chosen = config(x.dtype, block)
-    splits, rows = _launch.split(m, chosen.block_k, blocks, _PROGRAMS)
+    chosen = tuning.config(_launch.architecture(x.device), "block_grad_values", x.dtype, block=block)
+    splits, rows = _launch.split(m, chosen.block_m, blocks, chosen.programs)
     dtype = weight.dtype if splits == 1 else torch.float32
     out = torch.empty((splits, blocks, block, block), dtype=dtype, device=x.device)
     if out.numel():
@@ -41,7 +32,7 @@ def block_grad_values(grad_y: Tensor, x: Tensor, weight: BlockWeight) -> Tensor:
             _block_grad_values, (blocks, splits), x.device,
             grad_y, x, weight.indices, out, r + 1, weight.indices.numel() - blocks, m, n, k, rows,
             *grad_y.stride(), *x.stride(),
-            BLOCK=block, BLOCK_M=chosen.block_k, PRECISION=_launch.dot_precision(x.dtype),
+            BLOCK=block, BLOCK_M=chosen.block_m, PRECISION=_launch.dot_precision(x.dtype),
             num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
     return out[0] if splits == 1 else torch.ops.peft_kernels.splitk_reduce(out, 1.0, weight.dtype)
