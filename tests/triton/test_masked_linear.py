@@ -162,6 +162,26 @@ def test_tiles_of_places_are_made_once_and_anew_when_written_to(monkeypatch):
     assert not torch.equal(tile_places(places, 16, 16).numbers, first.numbers)
 
 
+def test_tiles_of_places_in_a_captured_graph_are_its_own(monkeypatch):
+    """Neither kept for later nor taken from before. A tensor that says that it is on a GPU stands for one that is."""
+    kept = drawn_mask(20, 40, 0.5)
+    places = positions(kept.flatten().nonzero().squeeze(1), kept.shape)
+    before = tile_places(places, 16, 16)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tile_places(places, 16, 16) is before, "on a CPU nothing is captured"
+    monkeypatch.setattr(_grad_at, "_captured", lambda flat, asked=_grad_at._captured: asked(_OnGpu()))
+    captured = [tile_places(places, 16, 16), tile_places(places, 16, 32)]
+    assert all(torch.equal(one, other) for one, other in zip(captured[0], before, strict=True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tile_places(places, 16, 16) is before
+    assert tile_places(places, 16, 32) is not captured[1]
+    assert tile_places(places, 16, 16).numbers.data_ptr() != captured[0].numbers.data_ptr()
+
+
+class _OnGpu:
+    is_cuda = True
+
+
 @pytest.mark.parametrize("m", [0, 3])
 def test_empty(m):
     nothing = pack(torch.zeros(0, 70, dtype=torch.bool))

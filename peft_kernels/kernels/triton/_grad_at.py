@@ -48,18 +48,27 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def tile_places(places: Positions, block_n: int, block_k: int) -> TilePlaces:
-    """The places by tiles, made on the device without a wait, once for the steps that use the same `places.flat`."""
-    flat = places.flat
+    """The places by tiles, made on the device without a wait, once for the steps that use the same `places.flat`.
+
+    While a CUDA graph is captured they are made in the graph, from the places as they are at each replay, and not kept:
+    their memory is the graph's, and that of lists made before would be freed under it when the places change.
+    """
+    flat, sizes = places.flat, (*places.shape, block_n, block_k)
+    if _captured(flat):
+        return _by_tiles(flat, *sizes)
     version = 0 if flat.is_inference() else flat._version
     if flat not in _known or _known[flat][0] != version:
         _known[flat] = version, {}
     made = _known[flat][1]
-    sizes = (*places.shape, block_n, block_k)
     # Another stream would read the lists before the stream that makes them has.
     key = (*sizes, torch.cuda.current_stream(flat.device) if flat.is_cuda else None)
     if key not in made:
         made[key] = _by_tiles(flat, *sizes)
     return made[key]
+
+
+def _captured(flat: Tensor) -> bool:
+    return flat.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _by_tiles(flat: Tensor, n: int, k: int, block_n: int, block_k: int) -> TilePlaces:
