@@ -65,7 +65,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
         sources = ["multi_lora_linear.cpp", "cpu_bindings_all.cpp", "nf4_linear.cpp", "masked_linear.cpp"]
         sources += ["philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp", "dora_linear.cpp"]
         sources += ["gated_activation.cpp", "nf4_dequantize.cpp", "nf4_quantize.cpp", "mask.cpp", "block_linear.cpp"]
-        sources += ["sparse_delta_linear.cpp"]
+        sources += ["sparse_delta_linear.cpp", "csr_linear.cpp"]
         return sources, {".cpp": [*compile_cxx, "-fopenmp"]}, [cxx, "-shared"]
     nvcc = find("NVCC", "nvcc")
     commands = {

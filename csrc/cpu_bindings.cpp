@@ -19,6 +19,7 @@ void bind_nf4(py::module_& m);         // cpu_bindings_nf4.cpp
 void bind_multi_lora(py::module_& m);  // cpu_bindings_multi_lora.cpp
 void bind_mask(py::module_& m);        // cpu_bindings_mask.cpp
 void bind_block(py::module_& m);       // cpu_bindings_block.cpp
+void bind_csr(py::module_& m);         // cpu_bindings_csr.cpp
 void bind_sparse_delta(py::module_& m);  // cpu_bindings_sparse_delta.cpp
 
 namespace peft_kernels {
@@ -210,6 +211,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lora_small_backward", &small_backward);
   bind_nf4(m);
   bind_multi_lora(m);
+  bind_csr(m);
   bind_sparse_delta(m);
   bind_mask(m);
   bind_block(m);

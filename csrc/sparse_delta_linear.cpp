@@ -12,11 +12,11 @@
 
 #define PEFT_KERNELS_BODY "sparse_delta_linear.h"
 #include "simd/each.h"
+#include "turned_rows.h"
 
 namespace peft_kernels {
 namespace {
 
-constexpr int64_t kRows = 16;                  // of a block
 constexpr int64_t kPanelRows = 256;            // rows that are turned at a time
 constexpr int64_t kProductsPerThread = 32768;  // starting a thread pays for itself from there on
 
@@ -24,8 +24,6 @@ int useful_threads(const RowDelta& delta, int threads) {
   const int64_t products = delta.nnz * std::min(delta.m, kPanelRows);
   return static_cast<int>(std::clamp<int64_t>(products / kProductsPerThread, 1, std::max(threads, 1)));
 }
-
-int64_t padded(int64_t columns) { return (columns + kRows - 1) / kRows * kRows; }
 
 // Where the places of each row of Δ begin, [n + 1].
 template <class Index>
@@ -39,58 +37,6 @@ Buffer<int64_t> row_starts(const RowDelta& delta, int64_t n, int64_t k) {
   }
   starts[n] = place;
   return starts;
-}
-
-// The first row of Δ of each of `parts` with about as many places.
-std::vector<int64_t> cut_rows(const int64_t* starts, int64_t n, int64_t parts) {
-  std::vector<int64_t> cuts;
-  for (int64_t part = 0; part < parts; ++part)
-    cuts.push_back(part == 0 ? 0 : std::lower_bound(starts, starts + n, starts[n] / parts * part) - starts);
-  cuts.push_back(n);
-  return cuts;
-}
-
-// The 16 rows of a block, as floats: where they lie in float32, `copies` [16, padded] in other dtypes, zeros beyond the
-// last one.
-struct BlockRows {
-  const RowDelta& delta;
-  Matrix matrix;
-  int64_t columns;
-  const float* zeros;
-
-  char* row(int64_t i) const {
-    const int64_t number = delta.rows ? delta.rows[i] : i;
-    return static_cast<char*>(matrix.data) + number * matrix.row_stride * element_size(matrix.dtype);
-  }
-
-  void turn(int64_t first, float* copies, float* panel) const {
-    const float* rows[kRows];
-    for (int64_t i = 0; i < kRows; ++i) {
-      if (first + i >= delta.m) {
-        rows[i] = zeros;
-      } else if (matrix.dtype == kFloat32) {
-        rows[i] = reinterpret_cast<const float*>(row(first + i));
-      } else {
-        float* copy = copies + i * padded(columns);
-        PEFT_KERNELS_DISPATCH(delta_widen, matrix.dtype, row(first + i), columns, copy);
-        rows[i] = copy;
-      }
-    }
-    PEFT_KERNELS_DISPATCH(delta_turn, rows, columns, panel);
-  }
-
-  void add(int64_t first, const float* panel) const {
-    float* rows[kRows];
-    const int64_t count = std::min(kRows, delta.m - first);
-    for (int64_t i = 0; i < count; ++i) rows[i] = reinterpret_cast<float*>(row(first + i));
-    PEFT_KERNELS_DISPATCH(delta_add_turned, panel, columns, static_cast<int>(count), rows);
-  }
-};
-
-Buffer<float> zero_floats(int64_t count) {
-  auto zeros = allocate<float>(count);
-  std::fill_n(zeros.get(), count, 0.0f);
-  return zeros;
 }
 
 template <class Index>
@@ -110,11 +56,11 @@ void forward(int64_t n, int64_t k, const RowDelta& delta, Matrix x, Matrix y, in
     float *copy = scratch.get() + worker * size, *panel = copy + copies, *out = panel + k * kRows;
     for (int64_t task = blocks * parts * worker / team; task < blocks * parts * (worker + 1) / team; ++task) {
       const int64_t first = task / parts * kRows, begin = cuts[task % parts], end = cuts[task % parts + 1];
-      BlockRows{delta, x, k, zeros.get()}.turn(first, copy, panel);
+      BlockRows{delta.rows, delta.m, x, k, zeros.get()}.turn(first, copy, panel);
       PEFT_KERNELS_DISPATCH(delta_forward, flat, delta.values, starts.get(), k, begin, end, panel, out);
       Matrix part = y;
       part.data = static_cast<float*>(y.data) + begin;
-      BlockRows{delta, part, end - begin, nullptr}.add(first, out + begin * kRows);
+      BlockRows{delta.rows, delta.m, part, end - begin, nullptr}.add(first, out + begin * kRows);
     }
   }
 }
@@ -133,8 +79,8 @@ void backward(int64_t n, int64_t k, const RowDelta& delta, Matrix grad_y, Matrix
   const int64_t size = copies + (need_x ? k * kRows : 0);
   const auto scratch = allocate<float>(team * size);
   if (need_values) std::fill_n(delta.grad_values, delta.nnz, 0.0f);
-  const BlockRows from_y{delta, grad_y, n, zeros.get()}, from_x{delta, x, k, zeros.get()};
-  const BlockRows to_x{delta, grad_x, k, nullptr};
+  const BlockRows from_y{delta.rows, delta.m, grad_y, n, zeros.get()}, from_x{delta.rows, delta.m, x, k, zeros.get()};
+  const BlockRows to_x{delta.rows, delta.m, grad_x, k, nullptr};
   for (int64_t begin = 0; begin < delta.m; begin += kPanelRows) {
     const int64_t blocks = (std::min(kPanelRows, delta.m - begin) + kRows - 1) / kRows;
 #pragma omp parallel num_threads(team)

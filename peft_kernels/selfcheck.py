@@ -281,12 +281,13 @@ def _masked_lora_linear_cases(draw: Draw) -> Iterator[Case]:
 
 
 def _sparse_linear_cases(draw: Draw) -> Iterator[Case]:
-    """Every layout, and of bits and nonzeros few rows, which have a kernel of their own. Of few columns the ratio of
+    """Every layout, and of the two for few rows those, which have kernels of their own. Of few columns the ratio of
     two errors, both no more than the rounding of the result, is a matter of luck."""
     for shape, layout in zip(_LAYERS, ("block", "block", "bitmap", "2:4", "block"), strict=True):
         yield problems.sparse_linear(replace(shape, k=4 * shape.k + 36), draw, layout)
     for shape in (_LAYERS[0], Shape((5,), 515, 264, 1, _BF16), Shape((1,), 2051, 200, 1, _F16)):
         yield problems.sparse_linear(shape, draw, "bitmap", 0.5)
+        yield problems.sparse_linear(shape, draw, "csr", 0.1)
 
 
 CASES: dict[str, Callable[[Draw], Iterator[Case]]] = {

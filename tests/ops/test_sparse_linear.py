@@ -111,7 +111,7 @@ def described(**changes) -> Problem:
 @pytest.mark.parametrize(
     ("backend", "changes", "reason"),
     [
-        ("cpu", {"layout": "bitmap"}, "not with layout 'bitmap'"),
+        ("cpu", {"layout": "bitmap"}, "for layouts 'block' and 'csr', not 'bitmap'"),
         ("cpu", {"dtype": F64, "weight_dtype": F64}, "float64 runs in PyTorch"),
         ("cpu", {"dtype": BF16}, "a weight of the same dtype"),
         ("cpu", {}, None),

@@ -1,19 +1,19 @@
-"""`sparse_linear` on a CPU: csrc/block_linear.cpp, for layout "block"."""
+"""`sparse_linear` on a CPU in csrc, for layouts "block" (`_block`) and "csr" (`_csr`)."""
 
 from __future__ import annotations
 
 import torch
 
 from peft_kernels import _native
-from peft_kernels.kernels.composed._passes import sum_rows
-from peft_kernels.kernels.cpu.lora_linear import place
+from peft_kernels.kernels.cpu import _block, _csr
 from peft_kernels.kernels.cpu.nf4_linear import matrix_instructions
-from peft_kernels.kernels.cpu.philox_dropout import row_major
+
+_BY_LAYOUT = {"block": _block, "csr": _csr}
 
 
 def unsupported(problem) -> str | None:
-    if problem.layout != "block":
-        return f"computes with whole blocks, not with layout {problem.layout!r}"
+    if problem.layout not in _BY_LAYOUT:
+        return f"for layouts {' and '.join(map(repr, _BY_LAYOUT))}, not {problem.layout!r}"
     if problem.device != "cpu":
         return f"written for CPUs, not for {problem.device}"
     if problem.dtype == torch.float64:
@@ -24,41 +24,16 @@ def unsupported(problem) -> str | None:
 
 
 def unproven(problem) -> str | None:
-    if problem.m > 16 and (names := matrix_instructions(problem.dtype)):
+    kernel = _BY_LAYOUT[problem.layout]
+    if problem.m > kernel.ROWS_BELOW_MATRIX_UNITS and (names := matrix_instructions(problem.dtype)):
         return f"PyTorch's {problem.dtype} matmuls use this processor's {' and '.join(names)}"
-    return None
-
-
-def _arguments(weight) -> tuple:
-    """What every kernel is told of the weight; the tensors live as long as the caller holds the second part."""
-    values = weight.values.detach().contiguous()
-    numbers = (*weight.shape, weight.block, values.shape[0], _native.DTYPES[values.dtype])
-    return (*numbers, values.data_ptr(), weight.indices.data_ptr()), values
+    return kernel.unproven(problem)
 
 
 def forward(x, weight, bias):
-    x, (arguments, _values) = row_major(x), _arguments(weight)
-    bias = None if bias is None else bias.contiguous()
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    _native.load("_cpu").block_linear_forward(
-        *arguments, x.shape[0], x.data_ptr(), x.stride(0), place(bias)[0], y.data_ptr(), torch.get_num_threads()
-    )
-    return y
+    return _BY_LAYOUT[weight.layout].forward(x, weight, bias)
 
 
 def backward(grad_y, x, weight, needs):
     """Gradients (dx, dvalues, dbias); None where `needs` says that nobody asked."""
-    native, (arguments, values) = _native.load("_cpu"), _arguments(weight)
-    grads, m, threads = row_major(grad_y), grad_y.shape[0], torch.get_num_threads()
-    grad_x = grad_values = None
-    if needs[0]:
-        grad_x = torch.empty(m, weight.shape[1], dtype=grads.dtype)
-        native.block_linear_backward(
-            *arguments, m, grads.data_ptr(), grads.stride(0), grad_x.data_ptr(), threads
-        )  # fmt: skip
-    if needs[1]:
-        x, grad_values = row_major(x), torch.empty_like(values)
-        native.block_linear_gradient(
-            *arguments, m, grads.data_ptr(), grads.stride(0), x.data_ptr(), x.stride(0), grad_values.data_ptr(), threads
-        )  # fmt: skip
-    return grad_x, grad_values, sum_rows(grad_y) if needs[2] else None
+    return _BY_LAYOUT[weight.layout].backward(grad_y, x, weight, needs)
