@@ -16,9 +16,12 @@ from tests.problems import (
     ExpertProblem,
     GatedProblem,
     GroupProblem,
+    MaskedLoraProblem,
+    MaskedProblem,
     MlpProblem,
     MultiExpertProblem,
     MultiLoraProblem,
+    MultiMaskProblem,
     Nf4LoraProblem,
     Nf4Problem,
 )
@@ -42,12 +45,19 @@ MAKE = {
     ),
     "nf4_linear": lambda p, **o: Nf4Problem(1000, 1032, 2056, **_without_adapters(o)),
     "nf4_lora_linear": lambda p, **o: Nf4LoraProblem(1000, 1032, 2056, 16, dropout_p=p, **o),
+    "masked_linear": lambda p, **o: MaskedProblem(1000, 1032, 2056, **_without_adapters(o)),
+    # The update inside the mask; beside it with dropout.
+    "masked_lora_linear": lambda p, **o: MaskedLoraProblem(
+        1000, 1032, 2056, 16, dropout_p=p, update_masked=p == 0, **o
+    ),
+    "multi_mask_linear": lambda p, **o: MultiMaskProblem(1000, 1032, 2056, **_without_adapters(o)),
 }  # fmt: skip
-WITHOUT_DROPOUT = ("gated_activation", "lora_embedding", "nf4_linear")
+WITHOUT_DROPOUT = ("gated_activation", "lora_embedding", "nf4_linear", "masked_linear", "multi_mask_linear")
 READ_BY_THE_HOST = {
     "lora_expert_linear": "the offsets",
     "multi_lora_linear": "the ids",
     "multi_lora_expert_linear": "both",
+    "multi_mask_linear": "the ids",
 }  # in composed
 # (op, backend) pairs; which backends there are is known on the GPU only.
 PAIRS = [pytest.param(op, *p.values, id=f"{op}-{p.id}", marks=p.marks) for op in MAKE for p in on_gpu(op)]
@@ -128,11 +138,18 @@ def test_graph_reads_what_is_there_at_replay(op, backend):
 
 
 def _tensors(problem) -> list[torch.Tensor]:
-    """What the call takes besides the leaves: indices, a 4-bit weight, and gradients of the outputs."""
+    """What the call takes besides the leaves: indices, a frozen weight, masks, and gradients of the outputs."""
     grads = problem.grad_y if isinstance(problem.grad_y, tuple) else (problem.grad_y,)
     ids = [problem.ids] if isinstance(problem, (EmbeddingProblem, MultiLoraProblem)) else []
     quantised = problem.q.tensors if isinstance(problem, (Nf4Problem, Nf4LoraProblem)) else []
-    return [*ids, *quantised, *(grad for grad in grads if grad is not None)]
+    masks = []
+    if isinstance(problem, MaskedProblem):
+        masks = [problem.mask.words]
+    elif isinstance(problem, MaskedLoraProblem):
+        masks = [problem.packed.words, problem.weight]
+    elif isinstance(problem, MultiMaskProblem):
+        masks = [problem.ids, *problem.kept]
+    return [*ids, *quantised, *masks, *(grad for grad in grads if grad is not None)]
 
 
 # (m, k, n, blocksize, nested): each number of rows for which there are kernels of their own, past and at tiles; rows
@@ -170,6 +187,17 @@ def test_rows_of_adapters(backend, rows, dtype):
     problem = MultiLoraProblem(dtype=dtype, device=backend.device, **options)
     backend.skip_unless_runnable(problem.dispatched())
     assert_within_rounding(problem, problem.run())
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("m", [1, 5, 16, 17, 64, 65])
+@pytest.mark.parametrize("backend", on_gpu("multi_mask_linear"), indirect=True)
+def test_few_rows_of_masks(backend, m, dtype):
+    """One read of W for all of them, and grouped tiles."""
+    for densities in ((0.5,) * 20, (0.5, 0.1, 0.0, 0.9)):
+        problem = MultiMaskProblem(m, 1032, 520, dtype, densities, device=backend.device)
+        backend.skip_unless_runnable(problem.dispatched())
+        assert_within_rounding(problem, problem.run())
 
 
 @EVERY
