@@ -37,17 +37,21 @@ void apply(int64_t n, int64_t k, int dtype, uintptr_t weight, int64_t stride, ui
              {pointer<void>(out), out_stride, out_dtype}, threads);
 }
 
-// n, k; the weight's dtype, address and row stride (address 0: the ten numbers of one in NF4); the mask's.
-using Weight = std::tuple<int64_t, int64_t, int, uintptr_t, int64_t, std::vector<int64_t>, uintptr_t, int64_t>;
+// Places, whether they are int64, where strips of so many rows begin; values: floats. Places 0: none.
+using Changes = std::tuple<uintptr_t, bool, uintptr_t, int64_t, uintptr_t>;
+// n, k; the weight's dtype, address and row stride (address 0: the ten numbers of one in NF4); the mask's; changes.
+using Weight = std::tuple<int64_t, int64_t, int, uintptr_t, int64_t, std::vector<int64_t>, uintptr_t, int64_t, Changes>;
 // Rank (0: no update), dtype, A and B with their row strides, scaling.
 using Update = std::tuple<int64_t, int, uintptr_t, int64_t, uintptr_t, int64_t, double>;
 
 MaskedOperand operand(const Weight& weight, const Update& update) {
-  const auto& [n, k, dtype, dense, stride, nf4, words, words_stride] = weight;
+  const auto& [n, k, dtype, dense, stride, nf4, words, words_stride, changes] = weight;
+  const auto& [flat, wide, starts, strip, values] = changes;
   const auto& [r, adapter_dtype, lora_A, A_stride, lora_B, B_stride, scaling] = update;
   MaskedOperand made{n, k, {pointer<void>(dense), stride, dtype}, {}, mask(words, words_stride), r,
                      {pointer<void>(lora_A), A_stride, adapter_dtype}, {pointer<void>(lora_B), B_stride, adapter_dtype},
-                     scaling};
+                     scaling, {pointer<const void>(flat), wide, pointer<const int64_t>(starts), strip,
+                     pointer<void>(values), kFloat32}};
   if (!nf4.empty())
     made.nf4 = {nf4.at(0), nf4.at(1), nf4.at(2), nf4.at(3), __builtin_ctzll(static_cast<uint64_t>(nf4.at(4))),
                 pointer<const uint8_t>(nf4.at(5)), pointer<const void>(nf4.at(6)), pointer<const float>(nf4.at(7)),

@@ -154,8 +154,20 @@ void mask_unpack(int64_t n, int64_t k, MaskWords words, uint8_t* out, int thread
 // out [n, k] = the kept weights, rounded to out's dtype, and 0; out may be the weight. float64 becomes nothing else.
 void mask_apply(int64_t n, int64_t k, Matrix weight, MaskWords words, Matrix out, int threads);
 
+// Chosen weights: flat [count] int32 or (wide) int64, ascending, of which those of rows [strip i, strip (i + 1)) are
+// starts[i] to starts[i + 1]; what is added there, or where their gradients go, is `values`.
+struct MaskedPlaces {
+  const void* flat;
+  bool wide;
+  const int64_t* starts;
+  int64_t strip;
+  void* values;
+  int dtype;
+};
+
 // W [n, k], dense or (dense.data null) NF4 or (that null too) zeros, and which weights are kept (words.data null: all).
-// With r > 0 it stands for W + scaling B A, of which the mask then keeps a part.
+// With r > 0 it stands for W + scaling B A, of which the mask then keeps a part; with changes.flat for W + Δ, whose
+// values are floats.
 struct MaskedOperand {
   int64_t n, k;
   Matrix dense;
@@ -164,17 +176,7 @@ struct MaskedOperand {
   int64_t r;
   Matrix lora_A, lora_B;
   double scaling;
-};
-
-// Chosen weights: flat [count] int32 or (wide) int64, ascending, of which those of rows [strip i, strip (i + 1)) are
-// starts[i] to starts[i + 1]; their gradients go to `values`.
-struct MaskedPlaces {
-  const void* flat;
-  bool wide;
-  const int64_t* starts;
-  int64_t strip;
-  void* values;
-  int dtype;
+  MaskedPlaces changes;
 };
 
 // y [M, N] = x (W ⊙ mask)ᵀ + bias (or none); grad_x [M, K] = grad_y (W ⊙ mask). W is rounded to the dtype of x.

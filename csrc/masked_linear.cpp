@@ -1,5 +1,5 @@
 // y = x (W ⊙ M)ᵀ + b, dx = dY (W ⊙ M) and dW = (dYᵀ x) ⊙ M on the CPU, with W dense or in NF4, and with an update of low
-// rank under the mask. Masked weights exist as floats, each holding a weight rounded to x's dtype, a tile at a time in
+// rank under the mask, or with changes of chosen weights (sparse_delta_linear where many are chosen). Masked weights exist as floats, each holding a weight rounded to x's dtype, a tile at a time in
 // the L2 cache. Sums are in float, results are rounded once.
 //
 // Threads share outputs, not sums, so that the bits do not depend on their number.
@@ -21,6 +21,9 @@ struct MaskedWeight {
   MaskWords words;
   int64_t r = 0, update_ranks = 0, update_stride = 0;
   const float *update_A = nullptr, *update_B = nullptr;
+  int64_t n = 0, k = 0;
+  MaskedPlaces changes{};
+  const int64_t* piece_starts = nullptr;  // of the changes
 };
 
 struct MaskedProduct {
@@ -82,13 +85,37 @@ void run(const MaskedProduct& job, int threads) {
                             scratch.get() + omp_get_thread_num() * kMaskedScratch);
 }
 
-// The weight with its update in float, which lasts as long as this does.
+// Where the places of each piece of a row begin, [n * pieces + 1].
+template <class Index>
+Buffer<int64_t> piece_starts(const MaskedPlaces& places, int64_t n, int64_t k) {
+  const int64_t pieces = steps(k, kMaskedPiece);
+  auto starts = allocate<int64_t>(n * pieces + 1);
+  const auto* flat = static_cast<const Index*>(places.flat);
+  int64_t place = 0;
+  for (int64_t row = 0; row < n; ++row) {
+    const int64_t stop = places.starts[row / places.strip + 1];
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = row * k + piece * kMaskedPiece;
+      while (place < stop && flat[place] < first) ++place;
+      starts[row * pieces + piece] = place;
+    }
+  }
+  starts[n * pieces] = n ? places.starts[steps(n, places.strip)] : 0;
+  return starts;
+}
+
+// The weight with its update in float and its changes by rows, which lasts as long as this does.
 struct Updated {
   Buffer<float> A, B;
+  Buffer<int64_t> starts;
   MaskedWeight weight;
 
   Updated(const MaskedOperand& w) {
-    weight.dense = w.dense, weight.nf4 = w.nf4, weight.words = w.words;
+    weight.dense = w.dense, weight.nf4 = w.nf4, weight.words = w.words, weight.n = w.n, weight.k = w.k;
+    if (w.changes.flat) {
+      starts = w.changes.wide ? piece_starts<int64_t>(w.changes, w.n, w.k) : piece_starts<int32_t>(w.changes, w.n, w.k);
+      weight.changes = w.changes, weight.piece_starts = starts.get();
+    }
     if (w.r == 0) return;
     const int64_t stride = whole(w.k, 32) + 16, ranks = whole(w.r, 32);  // A: rows share no sets of the cache
     A = allocate<float>(w.r * stride), B = allocate<float>(w.n * ranks);

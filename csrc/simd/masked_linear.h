@@ -71,28 +71,75 @@ inline void add_update(const MaskedWeight& w, int64_t row, int64_t column, int64
   }
 }
 
+// The first of a row's places, [begin, end), that is not before `first`. Half of the tests of a search among random
+// numbers are foreseen wrongly: nothing branches on them here.
+template <class Index>
+PEFT_KERNELS_INLINE const Index* first_place(const Index* begin, int64_t count, int64_t first) {
+  while (count > 1) {
+    const int64_t half = count / 2;
+    begin += begin[half - 1] < first ? half : 0;
+    count -= half;
+  }
+  return begin + (count == 1 && *begin < first);
+}
+
+// Where the places of a row's piece begin and, after it, end.
+PEFT_KERNELS_INLINE const int64_t* piece_starts_of(const MaskedWeight& w, int64_t row, int64_t column) {
+  return w.piece_starts + row * ((w.k + kMaskedPiece - 1) / kMaskedPiece) + column / kMaskedPiece;
+}
+
+// target += Δ's row in [column, column + columns), then rounded to Type: W + Δ is rounded once.
+template <class Index, class Type>
+inline void add_changes(const MaskedWeight& w, int64_t row, int64_t column, int64_t columns, float* target) {
+  const auto* flat = static_cast<const Index*>(w.changes.flat);
+  const int64_t *starts = piece_starts_of(w, row, column), first = row * w.k + column;
+  const Index *place = flat + starts[0], *end = flat + piece_starts_of(w, row, column + columns - 1)[1];
+  if (column % kMaskedPiece) place = first_place(place, starts[1] - starts[0], first);
+  const float* value = static_cast<const float*>(w.changes.values) + (place - flat);
+  for (; place < end && *place < first + columns; ++place, ++value) target[*place - first] += *value;
+  if constexpr (!std::is_same_v<Type, Float32>)
+    for (int64_t i = 0; i < round_up(columns, kWordBits); i += kFloats)
+      store(target + i, rounded_to<Type>(load<Floats>(target + i)));
+}
+
 // `columns` <= kMaskedPiece kept weights of a row, rounded to Type, as floats; zeros up to a whole word.
 template <class Type>
 inline void weight_row(const MaskedWeight& w, int64_t row, int64_t column, int64_t columns, float* target) {
   const uint32_t* words = w.words.data ? w.words.at(row, column) : nullptr;
-  const uint32_t* at_once = w.r ? nullptr : words;
+  const bool changes = w.changes.flat != nullptr;
+  const uint32_t* at_once = w.r || changes ? nullptr : words;
   if (w.dense.data) {
     with_type(w.dense.dtype, [&](auto from) {
-      load_dense<decltype(from), Type>(at(w.dense, row, column), columns, at_once, target);
+      const char* source = at(w.dense, row, column);
+      if (changes) load_dense<decltype(from), Float32>(source, columns, at_once, target);
+      else load_dense<decltype(from), Type>(source, columns, at_once, target);
     });
-    if (!w.r) return;
+    if (!w.r && !changes) return;
   } else if (w.nf4.packed) {
     load_nf4<Type>(w.nf4, row, column, columns, target);
   } else {
     std::memset(target, 0, round_up(columns, kWordBits) * sizeof(float));
   }
   if (w.r) add_update(w, row, column, columns, target);
+  if (changes && w.changes.wide) add_changes<int64_t, Type>(w, row, column, columns, target);
+  if (changes && !w.changes.wide) add_changes<int32_t, Type>(w, row, column, columns, target);
   if (words) keep_row<uint32_t>(target, words, round_up(columns, kWordBits), target);
 }
 
 // The processor does not foresee short pieces of many rows. Beyond the last row there may be nothing: harmless.
 PEFT_KERNELS_INLINE void prefetch_piece(const Matrix& matrix, int64_t row, int64_t column, int64_t columns) {
   prefetch(at(matrix, row, column), columns * element_size(matrix.dtype));
+}
+
+// Of the weight, with where its changes are if the piece's lie evenly.
+PEFT_KERNELS_INLINE void prefetch_weight(const MaskedWeight& w, int64_t row, int64_t column, int64_t columns) {
+  if (w.dense.data) prefetch_piece(w.dense, row, column, columns);
+  if (!w.changes.flat || row >= w.n) return;
+  const int64_t *starts = piece_starts_of(w, row, column), count = starts[1] - starts[0];
+  const int64_t place = starts[0] + count * (column % kMaskedPiece) / kMaskedPiece, size = w.changes.wide ? 8 : 4;
+  const int64_t places = count * columns / kMaskedPiece;
+  prefetch(static_cast<const char*>(w.changes.flat) + place * size, places * size);
+  prefetch(static_cast<const char*>(w.changes.values) + place * 4, places * 4);
 }
 
 // ---- operands of a chunk of terms ------------------------------------------------------------------------------
@@ -103,12 +150,13 @@ inline void take_rows(const MaskedProduct& job, int64_t term, int64_t terms, int
                       float* right) {
   for (int64_t t = 0; t < terms; ++t) {
     float* to = right + t * kMaskedRightStride;
-    const Matrix& from = job.kind == kMaskedGradWeight ? job.x : job.weight->dense;
-    if (from.data) prefetch_piece(from, term + t + kMaskedPrefetchRows, column, columns);
-    if (job.kind == kMaskedGradWeight)
+    if (job.kind == kMaskedGradWeight) {
+      prefetch_piece(job.x, term + t + kMaskedPrefetchRows, column, columns);
       load_row<Type, kWordBits>(at(job.x, term + t, column), columns, nullptr, 1.0f, to);
-    else
+    } else {
+      prefetch_weight(*job.weight, term + t + kMaskedPrefetchRows, column, columns);
       weight_row<Type>(*job.weight, term + t, column, columns, to);
+    }
   }
 }
 
@@ -120,7 +168,7 @@ inline void turn_rows(const MaskedProduct& job, int64_t term, int64_t terms, int
   alignas(64) float rows[kFloats * kMaskedLeftStride];
   for (int64_t c = 0; c < round_up(columns, kWordBits); c += kFloats) {
     for (int i = 0; i < kFloats; ++i) {
-      if (job.weight->dense.data) prefetch_piece(job.weight->dense, column + c + i + kMaskedPrefetchRows, term, terms);
+      prefetch_weight(*job.weight, column + c + i + kMaskedPrefetchRows, term, terms);
       float* to = rows + i * kMaskedLeftStride;
       if (c + i < columns) weight_row<Type>(*job.weight, column + c + i, term, terms, to);
       else std::memset(to, 0, kMaskedLeftStride * sizeof(float));

@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_kernels import use_backend
+from peft_kernels import functional, use_backend
+from peft_kernels.formats.sparse_delta import prepare
 from tests.helpers import assert_within_rounding, named
 from tests.problems import SparseDeltaProblem
 
@@ -24,11 +25,39 @@ def test_right_to_rounding(width, m, dtype):
             assert_within_rounding(problem, problem.run())
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"nf4": True, "k": 576}, {"deltas": 3}], ids=["dense", "nf4", "several"])
+def test_many_places_are_right_to_rounding(width, options, dtype):
+    """Where Δ is added to rows of W on their way into the product. Pieces of 256 columns, the last one not full, from
+    which both directions take parts that begin within one; places of either width."""
+    for density, wide in ((0.4, False), (1.0, True)):
+        problem = SparseDeltaProblem(**{"m": 5, "k": 555, "n": 70, **options}, dtype=dtype, density=density)
+        if wide:
+            problem.places = [places._replace(flat=places.flat.long()) for places in problem.places]
+        with use_backend("cpu"):
+            assert_within_rounding(problem, problem.run())
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_the_sum_is_rounded_once(width, dtype):
+    """W rounded before Δ is added, or Δ before it is added to W, would give another number."""
+    weight, values = torch.full((1, 1), 1.0, dtype=dtype), torch.tensor([0.7 * torch.finfo(dtype).eps])
+    places = prepare(torch.tensor([0]), (1, 1))[0]
+    x = torch.full((1, 1), 3.0, dtype=dtype, requires_grad=True)
+    with use_backend("cpu"):
+        y = functional.sparse_delta_linear(x, weight, places, values)
+    (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    changed = (1 + values).to(dtype)
+    assert changed > 1
+    assert torch.equal(grad_x[0], changed)
+    assert torch.equal(y.detach()[0], (3 * changed.float()).to(dtype))
+
+
 def test_the_same_bits_at_any_number_of_threads(width):
     """Sizes at which several threads share blocks of rows, and rows of W where there is one block only."""
     before = torch.get_num_threads()
-    for m, deltas in ((270, None), (16, None), (90, 3)):
-        problem = SparseDeltaProblem(m, 320, 256, density=0.1, deltas=deltas)
+    for m, deltas, density in ((270, None, 0.1), (16, None, 0.1), (90, 3, 0.1), (270, None, 0.4)):
+        problem = SparseDeltaProblem(m, 320, 256, density=density, deltas=deltas)
         problem.freeze_all_but("x", "values", "values.0", "values.1", "values.2")
         results = []
         try:

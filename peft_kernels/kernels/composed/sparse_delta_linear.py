@@ -81,7 +81,8 @@ def column_pieces(weight: Weight, delta: SparseDelta, dtype: torch.dtype) -> Ite
         yield slice(start, stop), _changed(part, flat // k, flat % k - start, values, dtype)
 
 
-def _is_plain(delta: SparseDelta | None) -> bool:
+def is_plain(delta: SparseDelta | None) -> bool:
+    """Whether W + Δ is W."""
     return delta is None or delta.values.numel() == 0
 
 
@@ -90,7 +91,7 @@ def _base_of(weight: Weight, dtype: torch.dtype) -> Weight:
 
 
 def _linear(x, weight, delta, bias):
-    if _is_plain(delta):
+    if is_plain(delta):
         return _base.linear(x, _base_of(weight, x.dtype), bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     for rows, piece in row_pieces(weight, delta, x.dtype):
@@ -98,8 +99,9 @@ def _linear(x, weight, delta, bias):
     return y
 
 
-def _grad_input(grad_y, weight, delta):
-    if _is_plain(delta):
+def grad_input_of(grad_y, weight, delta):
+    """dY (W + Δ)."""
+    if is_plain(delta):
         return _base.grad_input(grad_y, _base_of(weight, grad_y.dtype))
     grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
     for columns, piece in column_pieces(weight, delta, grad_y.dtype):
@@ -107,12 +109,13 @@ def _grad_input(grad_y, weight, delta):
     return grad_x
 
 
-def forward(x, weight, deltas, ids, bias):
+def forward(x, weight, deltas, ids, bias, linear=_linear):
+    """`linear` is what gives x (W + Δ)ᵀ + b of one delta, or of none."""
     if ids is None:
-        return _linear(x, weight, deltas[0], bias)
+        return linear(x, weight, deltas[0], bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
     for part in parts(ids, deltas):
-        y[part.rows] = _linear(x[part.rows], weight, part.delta, bias)
+        y[part.rows] = linear(x[part.rows], weight, part.delta, bias)
     return y
 
 
@@ -124,17 +127,19 @@ def backward(grad_y, x, weight, deltas, ids, needs, gather=grad_at):
         grad_input(grad_y, weight, deltas, ids, found) if need_x else None,
         grad_weight(grad_y, x, weight) if need_weight else None,
         sum_rows(grad_y) if need_bias else None,
-        _grad_values(grad_y, x, deltas, found, need_values, gather),
+        grad_values(grad_y, x, deltas, found, need_values, gather),
     )
 
 
-def grad_input(grad_y: Tensor, weight: Weight, deltas, ids: Tensor | None, found: list[Part]) -> Tensor:
-    """dx."""
+def grad_input(
+    grad_y: Tensor, weight: Weight, deltas, ids: Tensor | None, found: list[Part], one=grad_input_of
+) -> Tensor:
+    """dx. `one` is what gives dY (W + Δ) of one delta, or of none."""
     if ids is None:
-        return _grad_input(grad_y, weight, deltas[0])
+        return one(grad_y, weight, deltas[0])
     grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
     for part in found:
-        grad_x[part.rows] = _grad_input(grad_y[part.rows], weight, part.delta)
+        grad_x[part.rows] = one(grad_y[part.rows], weight, part.delta)
     return grad_x
 
 
@@ -149,11 +154,14 @@ def grad_weight(grad_y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return grad
 
 
-def _grad_values(grad_y, x, deltas, found, need_values, gather):
-    grads: list[Tensor | None] = [torch.zeros_like(d.values) if need else None for d, need in zip(
-        deltas, need_values, strict=True)]  # fmt: skip
+def grad_values(grad_y, x, deltas, found, need_values, gather):
+    """Of each delta, zeros where no row chose it; None where nobody asked."""
+    grads: list[Tensor | None] = [None] * len(deltas)
     for part in found:
         if part.delta is not None and need_values[part.number]:
             places: Positions = part.delta.positions
             grads[part.number] = gather(grad_y[part.rows], x[part.rows], places, part.delta.values.dtype)
+    for i, delta in enumerate(deltas):
+        if need_values[i] and grads[i] is None:
+            grads[i] = torch.zeros_like(delta.values)
     return grads

@@ -36,6 +36,7 @@ from peft_kernels.kernels.cpu.nf4_linear import matrix_instructions
 from peft_kernels.kernels.cpu.philox_dropout import row_major
 
 NO_UPDATE = (0, 0, 0, 0, 0, 0, 0.0)
+NO_CHANGES = (0, False, 0, 1, 0)
 
 
 def unsupported(problem) -> str | None:
@@ -53,10 +54,11 @@ def unproven(problem) -> str | None:
 
 
 class Operand:
-    """A weight (None: zeros of the mask's shape) and its mask as csrc takes them, and what keeps their memory alive."""
+    """A weight (None: zeros of the mask's shape) and its mask (None: all of it) as csrc takes them, and what keeps
+    their memory alive. `changes`: (places, whether they are int64, where strips of so many rows begin, floats)."""
 
-    def __init__(self, weight, words, clean: bool, columns: int) -> None:
-        self.words = None if clean else row_major(words)
+    def __init__(self, weight, words, clean: bool, columns: int, changes: tuple = NO_CHANGES) -> None:
+        self.words = None if clean or words is None else row_major(words)
         dense, nf4 = (0, 0, 0), []
         self.weight = weight
         if isinstance(weight, NF4Weight):
@@ -65,8 +67,8 @@ class Operand:
         elif weight is not None:
             self.weight = weight = row_major(weight)
             dense = (_native.DTYPES[weight.dtype], *place(weight))
-        self.shape = (words.shape[0], columns)
-        self.arguments = (*self.shape, *dense, nf4, *place(self.words))
+        self.shape = ((weight if words is None else words).shape[0], columns)
+        self.arguments = (*self.shape, *dense, nf4, *place(self.words), changes)
 
 
 def operand(weight, words, clean: bool) -> Operand:
@@ -112,7 +114,7 @@ def backward(grad_y, x, weight, words, clean, places, values_dtype, needs):
         _grad_x(grad_y, weight, words, clean) if need_x else None,
         _grad_weight(grad_y, x, weight, words) if need_weight else None,
         sum_rows(grad_y) if need_bias else None,
-        _grad_values(grad_y, x, places, values_dtype) if need_values else None,
+        grad_values(grad_y, x, places, values_dtype) if need_values else None,
     )
 
 
@@ -142,7 +144,8 @@ def masked_grad_weight(grad_y, x, words, out):
     return out
 
 
-def _grad_values(grad_y, x, places, dtype):
+def grad_values(grad_y, x, places, dtype):
+    """(dYᵀ x) at the places, [nnz] in `dtype`, rounded once."""
     grad_y, x, flat, starts = row_major(grad_y), row_major(x), places.flat.contiguous(), places.starts.contiguous()
     values = torch.empty(flat.shape, dtype=dtype)
     _native.load("_cpu").masked_linear_grad_values(
