@@ -65,7 +65,7 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
         sources = ["multi_lora_linear.cpp", "cpu_bindings_all.cpp", "nf4_linear.cpp", "masked_linear.cpp"]
         sources += ["philox_dropout.cpp", "lora_linear.cpp", "lora_linear_group.cpp", "dora_linear.cpp"]
         sources += ["gated_activation.cpp", "nf4_dequantize.cpp", "nf4_quantize.cpp", "mask.cpp", "block_linear.cpp"]
-        sources += ["sparse_delta_linear.cpp", "csr_linear.cpp"]
+        sources += ["sparse_delta_linear.cpp", "csr_linear.cpp", "select.cpp"]
         return sources, {".cpp": [*compile_cxx, "-fopenmp"]}, [cxx, "-shared"]
     nvcc = find("NVCC", "nvcc")
     commands = {
@@ -74,8 +74,8 @@ def recipe(name: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
     }
     # The runtime is linked in and its symbols hidden, so that the module loads beside any torch and without a driver.
     link = [nvcc, "-shared", "-cudart=static", f"-ccbin={cxx}", "-Xlinker=--exclude-libs,ALL", *gencode()]
-    sources = ["nf4_linear.cu", "multi_lora_linear.cu", "bitmap_linear.cu", "cuda_bindings_all.cpp"]
-    sources += ["philox_dropout.cu", "splitk_reduce.cu", "lora_down.cu"]
+    sources = ["nf4_linear.cu", "multi_lora_linear.cu", "bitmap_linear.cu", "csr_linear.cu"]
+    sources += ["cuda_bindings_all.cpp", "philox_dropout.cu", "splitk_reduce.cu", "lora_down.cu"]
     return sources, commands, link
 
 

@@ -11,6 +11,7 @@ namespace py = pybind11;
 using namespace peft_kernels;
 
 void bind_bitmap(py::module_& m);
+void bind_csr(py::module_& m);
 void bind_multi_lora(py::module_& m);
 void bind_nf4(py::module_& m);
 
@@ -51,6 +52,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("philox_dropout", &philox_dropout, unlocked);
   m.def("splitk_reduce", &splitk_reduce, unlocked);
   bind_bitmap(m);
+  bind_csr(m);
   bind_multi_lora(m);
   bind_nf4(m);
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peft_kernels.formats.bitmap import chunks_of_panel, compress_bitmap, panels_of
-from peft_kernels.kernels.cuda import sparse_linear
+from peft_kernels.kernels.cuda import _bitmap, _operands, sparse_linear
 from peft_kernels.ops.sparse_linear import Problem
 from tests.csrc import bitmap_lanes
 from tests.csrc.bitmap_lanes import Gpu, Lanes
@@ -137,7 +137,7 @@ def wanted(**changes) -> Problem:
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
-        (wanted(device="cpu"), "for CUDA tensors"), (wanted(layout="block"), "for layout 'bitmap'"),
+        (wanted(device="cpu"), "for CUDA tensors"), (wanted(layout="block"), "for layouts 'bitmap' and 'csr'"),
         (wanted(m=16), "at most 8 rows"), (wanted(m=0), "nothing to compute"),
         (wanted(n=2**31), "a side of the weight"),
         (wanted(dtype=torch.float32), "not in torch.float32"), (wanted(weight_dtype=torch.float16), "of x's dtype"),
@@ -151,7 +151,7 @@ def test_it_says_what_it_cannot_compute(problem, reason):
 def test_rows_end_with_zeros_at_a_multiple_of_8_columns():
     for x in (torch.randn(4, 3420), torch.randn(5, 97)[:, 1:], torch.randn(8, 3).t(), torch.randn(1, 64).expand(3, 64)):
         x = x.bfloat16()
-        got = sparse_linear.padded_rows(x)
+        got = _operands.padded_rows(x)
         assert torch.equal(got[:, : x.shape[1]], x)
         assert not got[:, x.shape[1] :].any()
         assert got.shape[1] % 8 == got.stride(0) % 8 == got.data_ptr() % 16 == 0
@@ -165,10 +165,10 @@ def test_a_launch_takes_the_arguments_that_it_is_given(cuda, monkeypatch):
         bitmap_gpu=lambda device: gpu[0], bitmap_plan=cuda.bitmap_plan,
         bitmap_linear=lambda _, *rest: calls.append(rest),
     )  # fmt: skip
-    monkeypatch.setattr(sparse_linear._native, "load", lambda part: native)
+    monkeypatch.setattr(_bitmap._native, "load", lambda part: native)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    for cached in (sparse_linear._plan, sparse_linear._gpu):
+    for cached in (_bitmap._plan, _bitmap._gpu):
         cached.cache_clear()
     bitmap = compress_bitmap(weight)
     assert sparse_linear.forward(x, bitmap, torch.zeros(40, dtype=torch.bfloat16)).shape == (3, 40)
@@ -176,10 +176,10 @@ def test_a_launch_takes_the_arguments_that_it_is_given(cuda, monkeypatch):
     with pytest.raises(RuntimeError, match="CUDA error"):
         cuda.bitmap_linear(10_000, *calls[0])
     gpu[0] = cuda.BitmapGpu(132, 1000, True)
-    for cached in (sparse_linear._plan, sparse_linear._gpu):
+    for cached in (_bitmap._plan, _bitmap._gpu):
         cached.cache_clear()
     x = signs(3, 90)
     assert torch.equal(sparse_linear.forward(x, bitmap, None), torch.nn.functional.linear(x, weight))
     assert len(calls) == 1
-    for cached in (sparse_linear._plan, sparse_linear._gpu):
+    for cached in (_bitmap._plan, _bitmap._gpu):
         cached.cache_clear()

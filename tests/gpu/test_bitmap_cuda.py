@@ -8,7 +8,7 @@ import torch
 from peft_kernels import _native, functional, use_backend
 from peft_kernels.formats.bitmap import compress_bitmap
 from peft_kernels.formats.mask import pack
-from peft_kernels.kernels.cuda import sparse_linear
+from peft_kernels.kernels.cuda import _bitmap, sparse_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,9 +156,9 @@ def test_many_launches_beside_each_other():
 def test_what_it_cannot_launch_raises():
     packed = compress_bitmap(drawn(16, 64, 0.5, torch.bfloat16))
     x = torch.zeros(9, 64, device="cuda").bfloat16()
-    plan = sparse_linear._plan(x.device.index, *packed.numbers[:4])
+    plan = _bitmap._plan(x.device.index, *packed.numbers[:4])
     with pytest.raises(RuntimeError, match="CUDA error"):
-        sparse_linear.launch(x, packed, None, plan)
+        _bitmap.launch(x, packed, None, plan)
     with pytest.raises(RuntimeError, match="CUDA error"):
         _native.load("_cuda").bitmap_gpu(10_000)
-    assert sparse_linear.launch(x[:8], packed, None, plan).shape == (8, 16)
+    assert _bitmap.launch(x[:8], packed, None, plan).shape == (8, 16)
