@@ -8,6 +8,7 @@
 #include "buffer.h"
 #include "cpu_kernels.h"
 #include "numeric.h"
+#include "select.h"
 
 namespace py = pybind11;
 using namespace peft_kernels;
@@ -88,6 +89,14 @@ void linear_grad_values(int64_t m, int64_t n, int64_t k, int dtype, uintptr_t gr
       threads);
 }
 
+void count(uintptr_t data, int64_t size, int top, int low, int32_t prefix, uintptr_t counts, int threads) {
+  select_count(pointer<const float>(data), size, top, low, prefix, pointer<int64_t>(counts), threads);
+}
+
+int64_t keep(uintptr_t data, int64_t rows, int64_t columns, int32_t last, int64_t wanted, uintptr_t words, int threads) {
+  return select_keep(pointer<const float>(data), rows, columns, last, wanted, pointer<uint32_t>(words), threads);
+}
+
 void advise(uintptr_t data, int64_t bytes) { advise_huge_pages(pointer<void>(data), bytes); }
 
 }  // namespace mask_bindings
@@ -96,6 +105,8 @@ void bind_mask(py::module_& m) {
   using namespace mask_bindings;
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("advise_huge_pages", &advise);
+  m.def("select_count", &count, unlocked);
+  m.def("select_keep", &keep, unlocked);
   m.def("mask_pack", &pack, unlocked);
   m.def("mask_unpack", &unpack, unlocked);
   m.def("mask_apply", &apply, unlocked);

@@ -4,7 +4,8 @@ A float32 read as an integer, its other 31 bits flipped where it is negative, is
 largest is found digit by digit: one pass over the scores counts the 2048 values of their first 11 bits, which says what
 the first digit of the k-th largest is and how many scores are above; two more passes do the same for the next 11 and
 10 bits among the scores that begin with the digits found. (float64: six passes.) Counts are integers, so that every
-run, and every rank with the same scores, finds the same. A last pass packs the mask.
+run, and every rank with the same scores, finds the same. A last pass packs the mask. On a CPU csrc/select.cpp counts
+and packs.
 
 Exactly k are kept. Of scores that equal the k-th largest those with the lowest places in the flattened matrix are, and
 of several matrices the earlier ones first; -0 equals 0. Infinities are the largest and smallest numbers; NaN is never
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from peft_kernels.formats.mask import PackedMask, words_of
 from peft_kernels.functional import mask_pack
+from peft_kernels.kernels.cpu import select as native
 from peft_kernels.pruning._scores import Scores, scores_of
 
 _DIGIT = 11
@@ -79,7 +81,7 @@ def keep_largest(scores: Any, k: int) -> Any:
     for part in parts:
         words = torch.empty(part.shape[0], words_of(part.shape[1]), dtype=torch.int32, device=part.device)
         for rows, strip in part.strips():
-            words[rows] = mask_pack(search.kept(strip)).words
+            words[rows] = search.kept_words(strip)
         masks.append(PackedMask(words, part.shape))
     return masks
 
@@ -105,7 +107,7 @@ def keep_largest_by_row(scores: Any, k: int) -> PackedMask:
     for rows, strip in part.strips(1 << _ROW_DIGIT):
         search = _Search(part.device, part.dtype, len(strip), k, _ROW_DIGIT)
         search.run(functools.partial(iter, (strip,)))
-        words[rows] = mask_pack(search.kept(strip)).words
+        words[rows] = search.kept_words(strip)
     return PackedMask(words, part.shape)
 
 
@@ -122,6 +124,7 @@ class _Search:
         self.integer = torch.int64 if dtype == torch.float64 else torch.int32
         self.prefix = torch.zeros(rows, 1, dtype=self.integer, device=device)
         self.wanted = torch.full((rows, 1), k, dtype=torch.int64, device=device)
+        self.native = rows == 1 and device.type == "cpu" and dtype == torch.float32 and native.is_available()
 
     def run(self, strips: Callable[[], Iterable[Tensor]]) -> None:
         """Finds the digits. `strips()` gives all scores, once for each digit."""
@@ -137,6 +140,9 @@ class _Search:
         rows, device = len(self.prefix), self.prefix.device
         counts = torch.zeros(rows * self.bins, dtype=torch.int64, device=device)
         for strip in strips:
+            if self.native and strip.device.type == "cpu":
+                native.count(strip, top, low, int(self.prefix), counts)
+                continue
             keys = _keys(strip)
             digits = ((keys >> low) & ((1 << (top - low)) - 1)).to(torch.int32)
             if top == 8 * self.integer.itemsize:
@@ -156,6 +162,14 @@ class _Search:
         digit = ((above + counts >= self.wanted).sum(1, keepdim=True) - 1).clamp_(0, (1 << bits) - 1)
         self.wanted -= above.gather(1, digit)
         self.prefix = (self.prefix << bits) | digit.to(self.integer)
+
+    def kept_words(self, strip: Tensor) -> Tensor:
+        """The words of a mask of what `kept` gives."""
+        if not (self.native and strip.device.type == "cpu"):
+            return mask_pack(self.kept(strip)).words
+        words, ties = native.kept_words(strip, int(self.prefix), int(self.wanted))
+        self.wanted -= ties
+        return words
 
     def kept(self, strip: Tensor) -> Tensor:
         """bool, of the shape of `strip`. All scores are to come by in order: ties are counted."""
