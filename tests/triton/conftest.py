@@ -21,34 +21,10 @@ STARTER = "test_own_process.py"
 HALF = "PEFT_KERNELS_HALF_OF_THE_TESTS"
 
 
-def _patch_each_language_once() -> None:
-    """Triton's interpreter looks through `triton.language` for what it replaces whenever a kernel calls a function,
-    though the kernel's launch has replaced it: a fifth of the time of these tests."""
-    import inspect
-
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_LangPatchScope"):
-        return
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(fn):
-        languages = {value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)}
-        if patched and languages <= patched:
-            return interpreter._LangPatchScope()
-        scope = patch(fn)
-        if not patched:  # a launch, which restores at its end; what it calls does not
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-        patched.update(languages)
-        return scope
-
-    interpreter._patch_lang = patch_once
-
-
 if INTERPRETED:
-    _patch_each_language_once()
+    from tests.triton.interpreter import speed_up
+
+    speed_up()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
