@@ -169,6 +169,7 @@ SPACES: dict[str, Space] = {
     "masked_grad_x": _MASKED_GEMM,
     "masked_grad_x_tma": replace(_MASKED_GEMM, optional=True),
     "masked_grad_weight": _MASKED_GRAD_WEIGHT,
+    "masked_grad_factors": replace(_MASKED_GRAD_WEIGHT, most_accumulators=64),
     "masked_update_gemm": _MASKED_GEMM,
     "masked_update_grad_x": _MASKED_GEMM,
     "multi_mask_gemm": _MULTI_MASK_GEMM,

@@ -275,6 +275,7 @@ CONFIGS: dict[str, type[Config]] = {
     "masked_grad_x": MaskedGemm,
     "masked_grad_x_tma": MaskedGemm,
     "masked_grad_weight": MaskedGradWeight,
+    "masked_grad_factors": MaskedGradWeight,
     "masked_update_gemm": MaskedGemm,
     "masked_update_grad_x": MaskedGemm,
     "multi_mask_gemm": MaskedGemm,

@@ -13,13 +13,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from peft_kernels import tuning
 from peft_kernels.kernels.triton import _launch
-from peft_kernels.kernels.triton.masked_lora_linear import MOST_RANKS_INSIDE
+from peft_kernels.kernels.triton.masked_lora_linear import MOST_RANKS_INSIDE, MOST_RANKS_OF_PARTIALS
 from tests.aot.compiling import SHARED_MEMORY, Machine, by_default, compile_launches, disassemble
 from tests.aot.test_compile_masked_linear import TENSOR_CORE, loops
 
 if _launch.INTERPRETED:
     pytest.skip("TRITON_INTERPRET is set: nothing is compiled in this process", allow_module_level=True)
 
+from peft_kernels.kernels.triton._masked_grad_factors import masked_grad_factors
 from peft_kernels.kernels.triton._masked_lora_gemm import masked_lora_gemm, masked_update_gemm
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -109,6 +110,17 @@ def test_every_rule_of_tuning_has_a_case():
             cases = [case for case in EVERY if (case.arch, case.kernel) == (arch, kernel)]
             chosen = [tuning.config(arch, kernel, case.dtype, m=case.m, n=N, r=MOST_RANKS_INSIDE) for case in cases]
             assert chosen == [rule.config for rule in tuning.rules(arch, kernel)]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_gradients_of_the_factors(monkeypatch, arch):
+    """With float32 adapters, whose products take the most registers."""
+    grad_y, x = _meta(8192, N, dtype=BF16), _meta(8192, K, dtype=BF16)
+    a, b = _meta(MOST_RANKS_OF_PARTIALS, K, dtype=F32), _meta(N, MOST_RANKS_OF_PARTIALS, dtype=F32)
+    machine = _kernel(monkeypatch, arch, lambda: masked_grad_factors(grad_y, x, _words(), a, b, 2.0))
+    assert (machine.name, machine.tensor_core) == ("_masked_grad_factors", TENSOR_CORE[arch])
+    assert machine.wide_copies == machine.copies > 0
+    assert machine.count(r"\bATOM") == machine.count(r"\bRED\b") == 0
 
 
 def test_an_update_beside_the_mask(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,30 @@ def test_exact_over_many_tiles_of_any_strides(inside, by_rows, monkeypatch):
     assert torch.equal(y, expected)
 
 
+def test_gradients_of_the_factors_are_exact_over_many_tiles(monkeypatch):
+    """What is no number outside the mask has no effect, nor have ranks that are not there."""
+    from peft_kernels.kernels.triton._masked_grad_factors import masked_grad_factors
+
+    config = tuning.config
+
+    def smaller(*arguments, **sizes):
+        found = config(*arguments, **sizes)
+        return dataclasses.replace(found, block_m=16, block_n=16, block_k=32) if hasattr(found, "group_m") else found
+
+    monkeypatch.setattr(tuning, "config", smaller)
+    m, n, k, r = 18, 36, 40, 3
+    kept = drawn_mask(n, k, 0.5)
+    kept[:, 7], kept[5] = False, False
+    grad_y, x, a, b = _whole_numbers(m, n), _whole_numbers(m, k), _whole_numbers(r, k), _whole_numbers(n, r)
+    update = (grad_y.t() @ x).where(kept, 0.0)
+    x[:, 7], grad_y[:, 5] = INF, NAN
+    words = pack(kept).words
+    with np.errstate(invalid="ignore"):
+        grads = masked_grad_factors(_strided(grad_y), _strided(x), words, _strided(a), _strided(b), 2.0)
+    assert torch.equal(grads[0], 2 * b.t() @ update)
+    assert torch.equal(grads[1], 2 * update @ a.t())
+
+
 def _whole_numbers(*shape: int) -> torch.Tensor:
     return torch.randint(-3, 4, shape).float()
 
@@ -110,10 +135,14 @@ def test_an_update_is_rounded_once_with_its_weight():
 
 
 def test_launches(monkeypatch):
-    """Inside the mask one launch each for y and dx; `composed` finds the gradients of the factors."""
+    """Inside the mask one launch each for y, dx and, up to rank 16, both factors: above, `composed` finds their
+    gradients."""
     launched = record_launches(monkeypatch)
-    MaskedLoraProblem(m=8, k=40, n=24, r=3, update_masked=True).run()
-    assert [name for name in launched if name != "splitk_reduce" and "mask_" not in name] == ["_masked_update_gemm"] * 2
+    for r, more in ((3, ["_masked_grad_factors"]), (17, [])):
+        launched.clear()
+        MaskedLoraProblem(m=8, k=40, n=24, r=r, update_masked=True).run()
+        kernels = [name for name in launched if name.startswith("_masked")]
+        assert kernels == ["_masked_update_gemm"] * 2 + more
     launched.clear()
     MaskedLoraProblem(m=8, k=40, n=24, r=3).run()
     assert launched.count("_masked_lora_gemm") == 2
@@ -132,6 +161,11 @@ def test_empty(m, update_masked):
         weight, a, b = torch.ones(n, k), torch.ones(2, k), torch.zeros(n, 2)
         y, _ = masked_lora_linear.forward(torch.ones(m, k), weight, words, False, torch.ones(n), a, b, *none)
         assert torch.equal(y, torch.ones(m, n))
+        grad_y, x, s = torch.ones(m, n), torch.ones(m, k), torch.zeros(m, 2)
+        needs = (True, True, True, True)
+        grads = masked_lora_linear.backward(grad_y, x, s, weight, words, False, a, b, *none, needs)
+        expected = torch.zeros(m, k), torch.full((n,), float(m)), torch.zeros(2, k), torch.zeros(n, 2)
+        assert all(torch.equal(one, two) for one, two in zip(grads, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 Beside the mask, as `lora_linear`, whose passes it shares: S, then y as the masked GEMM with the low-rank step first;
 dS, dX likewise, dA and dB. A weight that is 0 outside the mask already goes into `lora_linear`'s kernels. Inside the
-mask y and dX take one launch each, the update made tile by tile; its gradients, which need (dYᵀ x) ⊙ M, are
-`composed`'s strips: one product of W's size whoever makes it.
+mask y and dX take one launch each, the update made tile by tile, and so do dA and dB up to rank 16
+(`_masked_grad_factors`), above which their partials would be as large as W and `composed`'s strips serve.
 
 Floor, M=8192, K=N=4096, r=16, bf16: beside 349 us forward and backward each; inside 392 us, and 392 + 348 backward.
 Compiled for sm_80 and sm_90 and interpreted on the CPU; never run on a GPU yet (docs/kernels_sparse.md).
@@ -19,6 +19,8 @@ from peft_kernels.kernels.triton.nf4_lora_linear import gradients
 
 # Of an update inside the mask: the product for a tile then takes half the time of the tile's own.
 MOST_RANKS_INSIDE = 64
+# Up to which the gradients of the factors come from one launch.
+MOST_RANKS_OF_PARTIALS = 16
 
 
 def unsupported(problem) -> str | None:
@@ -63,14 +65,10 @@ def backward(
 
     need_x, need_bias, need_a, need_b = needs
     if update_masked:
-        grads = composed.backward(
-            grad_y, x, s, weight, words, clean, lora_A, lora_B, scaling, dropout_p, seed, True,
-            (False, need_bias, need_a, need_b),
-        )  # fmt: skip
-        if not need_x:
-            return grads
         a, b = lora_A.to(grad_y.dtype), lora_B.to(grad_y.dtype)
-        return masked_update_gemm(grad_y, weight, words, a, b, scaling, by_rows=True), *grads[1:]
+        grad_x = masked_update_gemm(grad_y, weight, words, a, b, scaling, by_rows=True) if need_x else None
+        grads = _grad_factors(grad_y, x, weight, words, lora_A, lora_B, scaling, need_a, need_b)
+        return grad_x, sum_rows(grad_y) if need_bias else None, *grads
     if _is_whole(weight, clean, grad_y.dtype):
         wanted = (need_x, False, need_bias, need_a, need_b)
         grads = lora_linear.backward(grad_y, x, s, weight, lora_A, lora_B, scaling, dropout_p, seed, wanted)
@@ -85,3 +83,18 @@ def backward(
         grad_x_of, grad_y, x, s, lora_A, lora_B, scaling, dropout_p, seed, (need_x, need_a, need_b)
     )
     return grad_x, sum_rows(grad_y) if need_bias else None, grad_a, grad_b
+
+
+def _grad_factors(grad_y, x, weight, words, lora_A, lora_B, scaling, need_a, need_b):
+    """(dA, dB) of an update inside the mask."""
+    from peft_kernels.kernels.triton._masked_grad_factors import masked_grad_factors
+
+    if not need_a and not need_b:
+        return None, None
+    if lora_A.shape[0] > MOST_RANKS_OF_PARTIALS:
+        return composed.backward(
+            grad_y, x, None, weight, words, False, lora_A, lora_B, scaling, 0.0, None, True,
+            (False, False, need_a, need_b),
+        )[2:]  # fmt: skip
+    grad_a, grad_b = masked_grad_factors(grad_y, x, words, lora_A, lora_B, scaling)
+    return grad_a if need_a else None, grad_b if need_b else None
