@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from peft_kernels.cli.errors import UsageError
+from peft_kernels.cli.finetune import data
 from peft_kernels.cli.finetune.data import CAUSAL_LM, EMBEDDING, FIELDS, load_examples, read_jsonl, split
 from peft_kernels.cli.finetune.docstrings import collect_pairs
 
@@ -21,7 +22,8 @@ def test_the_standard_library_gives_thousands_of_unambiguous_pairs(docstrings):
     assert ("dumps (json)", "Serialize ``obj`` to a JSON formatted ``str``.") in pairs
 
 
-def test_the_default_split_is_disjoint_and_the_same_each_time(docstrings):
+def test_the_default_split_is_disjoint_and_the_same_each_time(docstrings, monkeypatch):
+    monkeypatch.setattr(data, "collect_pairs", lambda: list(docstrings))
     first = load_examples(EMBEDDING, None)
     assert first == split(docstrings, first.source)
     assert len(first.held_out) == min(1000, (len(first.train) + len(first.held_out)) // 4)
