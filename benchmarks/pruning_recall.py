@@ -134,18 +134,19 @@ def lottery(job: Experiment) -> None:
     print(ticket.iterate(once, job.options.rounds, job.options.rate))
 
 
-def movement(job: Experiment) -> None:
+def movement(job: Experiment, scores: str = "zeros", method: str = "movement") -> None:
     start, model = time.perf_counter(), job.model()
-    add_movement(model)
+    add_movement(model, scores=scores)
     steps = job.options.steps
     schedule = Cubic(job.options.sparsity, begin=steps // 10, end=steps * 7 // 10)
     job.train(model, before=lambda step: set_sparsity(model, schedule(step)))
     finalize_movement(model)
-    job.note("movement", steps, sparsity_report(model).sparsity, job.recall(model), start)
+    job.note(method, steps, sparsity_report(model).sparsity, job.recall(model), start)
 
 
 METHODS = {
     "dense": dense, "untrained": without_training, "magnitude": magnitude, "lottery": lottery, "movement": movement,
+    "movement-from-magnitude": functools.partial(movement, scores="magnitude", method="movement from magnitude"),
 }  # fmt: skip
 
 

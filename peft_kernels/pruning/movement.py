@@ -17,7 +17,12 @@ from peft_kernels.pruning.movement_linear import MovementLinear
 
 
 def add_movement(
-    model: nn.Module, *, targets: Iterable[str] | None = None, sparsity: float = 0.0, threshold: float | None = None
+    model: nn.Module,
+    *,
+    targets: Iterable[str] | None = None,
+    sparsity: float = 0.0,
+    threshold: float | None = None,
+    scores: str = "zeros",
 ) -> dict[str, MovementLinear]:
     """Puts `MovementLinear` in the places of the linear layers of a model, with their parameters; scores are new ones.
 
@@ -31,7 +36,7 @@ def add_movement(
     Args:
         model: any model, wrapped by nothing that takes stock of parameters yet (DDP, FSDP).
         targets: names of the layers, or their endings after a dot; None takes all.
-        sparsity, threshold: as for `MovementLinear`.
+        sparsity, threshold, scores: as for `MovementLinear`.
 
     Returns:
         The new layers by name.
@@ -48,7 +53,7 @@ def add_movement(
         if objection is not None:
             raise ValueError(f"{where}: {name} {objection}")
         try:
-            made[layer] = MovementLinear.from_linear(layer, sparsity=sparsity, threshold=threshold)
+            made[layer] = MovementLinear.from_linear(layer, sparsity=sparsity, threshold=threshold, scores=scores)
         except TypeError as error:
             raise TypeError(f"{where}: {name}: {error}") from error
     put_layers(inside, made)

@@ -20,6 +20,23 @@ from peft_kernels.ops.lora_linear import autocast_together
 from peft_kernels.pruning.thresholds import keep_largest
 
 
+def _zeros(weight: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros(weight.shape, dtype=wide, device=weight.device)
+
+
+@torch.no_grad()
+def _magnitude(weight: Tensor) -> Tensor:
+    """|W| over the power of two that is not below rms(W), over 1 where that is 0 or not finite."""
+    scores = _zeros(weight).copy_(weight).abs_()
+    rms = torch.linalg.vector_norm(scores) / max(1, scores.numel()) ** 0.5
+    divisor = rms / rms.frexp().mantissa
+    return scores.div_(torch.where((rms > 0) & rms.isfinite(), divisor, 1.0))
+
+
+_STARTS = {"zeros": _zeros, "magnitude": _magnitude}
+
+
 class MovementLinear(nn.Module):
     """y = x (W ⊙ M)ᵀ + b, where M keeps the weights of largest scores S (Sanh, Wolf & Rush 2020, "Movement Pruning",
     https://arxiv.org/abs/2005.07683). W, b and S train together:
@@ -32,8 +49,8 @@ class MovementLinear(nn.Module):
     dYᵀ x).
 
     M is computed by radix selection (`keep_largest`), without a sort or a wait for the device, again when S has changed
-    by what PyTorch counts, `sparsity` has, or `.train()` or `.eval()` was called. It depends on S only: ranks with the
-    same scores, as under DistributedDataParallel, have the same mask.
+    by what PyTorch counts, `sparsity` has, or `.train()` or `.eval()` was called; under `torch.compile` at each
+    forward. It depends on S only: ranks with the same scores, as under DistributedDataParallel, have the same mask.
 
     Args:
         weight: [out_features, in_features], a parameter, trained.
@@ -42,13 +59,17 @@ class MovementLinear(nn.Module):
             are kept.
         threshold: the soft variant: what has a score above it is kept, whatever `sparsity` says, and `penalty` in the
             loss presses scores down. None keeps the largest scores.
+        scores: where S begins. "zeros", as in the paper: while `sparsity` is 0 all weights are kept and scores find
+            their order, which takes a long training: after a few dozen steps it is hardly better than chance.
+            "magnitude": at |W| / rms(W), so that the first mask is that of magnitude pruning, and movement corrects it
+            from there: a score of 1 is that of a weight of common size, in every layer. (The divisor is rounded up to
+            a power of two: no two weights get one score by rounding.)
 
     Attributes:
-        scores: S, [out_features, in_features], a parameter in float32 (float64 for float64), 0 at first: while
-            `sparsity` is 0 all weights are kept and scores find their order.
+        scores: S, [out_features, in_features], a parameter in float32 (float64 for float64).
 
     Raises:
-        ValueError: a sparsity outside [0, 1].
+        ValueError: a sparsity outside [0, 1], or unknown `scores`.
         TypeError: no floating-point weight.
     """
 
@@ -56,23 +77,32 @@ class MovementLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, *, sparsity: float = 0.0, threshold: float | None = None
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        sparsity: float = 0.0,
+        threshold: float | None = None,
+        scores: str = "zeros",
     ) -> None:
         super().__init__()
         check_floating("MovementLinear", "weight", weight)
         check_probability("MovementLinear", "sparsity", sparsity)
         if threshold is not None:
             check_number("MovementLinear", "threshold", threshold)
+        if scores not in _STARTS:
+            raise ValueError(f"MovementLinear: scores is {scores!r}; expected one of {', '.join(_STARTS)}")
         self.out_features, self.in_features = weight.shape
         self.weight, self.sparsity, self.threshold = weight, float(sparsity), threshold
         self.register_parameter("bias", bias)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.scores = nn.Parameter(torch.zeros(weight.shape, dtype=wide, device=weight.device))
+        self.scores = nn.Parameter(_STARTS[scores](weight))
         self._mask: PackedMask | None = None
         self._seen: tuple | None = None
 
     @classmethod
-    def from_linear(cls, linear: Any, *, sparsity: float = 0.0, threshold: float | None = None) -> MovementLinear:
+    def from_linear(
+        cls, linear: Any, *, sparsity: float = 0.0, threshold: float | None = None, scores: str = "zeros"
+    ) -> MovementLinear:
         """The layer in the place of an `nn.Linear`, whose parameters it shares (of a transformers `Conv1D` it has a
         transposed copy).
 
@@ -87,11 +117,14 @@ class MovementLinear(nn.Module):
                 "torch.nn.Linear or transformers' Conv1D"
             )
         weight = nn.Parameter(linear.weight.detach().t().contiguous()) if is_conv1d(linear) else linear.weight
-        return cls(weight, linear.bias, sparsity=sparsity, threshold=threshold).train(linear.training)
+        made = cls(weight, linear.bias, sparsity=sparsity, threshold=threshold, scores=scores)
+        return made.train(linear.training)
 
     @property
     def mask(self) -> PackedMask:
         """The weights that are kept now."""
+        if torch.compiler.is_compiling():  # a graph has no versions to compare
+            return self._new_mask()
         seen = (id(self.scores), self.scores._version, self.scores.device, self.sparsity, self.threshold)
         if self._mask is None or seen != self._seen:
             self._mask, self._seen = self._new_mask(), seen
@@ -158,8 +191,8 @@ def _gradients(ctx, grad_y, saved):
     grad_x, grad_bias = (next(given) if need else None for need in (need_x, need_bias))
     # Where the scores train, dYᵀ x is needed everywhere; the weight's gradient is a part of it.
     dtype = ctx.scores_dtype if need_scores else weight.dtype
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    grad_scores = torch.empty(weight.shape, dtype=dtype, device=weight.device) if need_scores else None
+    grad_weight = weight.new_empty(weight.shape) if need_weight else None
+    grad_scores = weight.new_empty(weight.shape, dtype=dtype) if need_scores else None
     if need_weight or need_scores:
         _fill(rows(grad_y), rows(x), weight, words, dtype, grad_weight, grad_scores)
     return grad_x, grad_weight, grad_bias, grad_scores, None
@@ -169,7 +202,7 @@ def _fill(grad_y, x, weight, words, dtype, grad_weight, grad_scores) -> None:
     """Writes both gradients, where they are wanted, from one strip of dYᵀ x in `dtype` after another."""
     n, k = weight.shape
     for start, stop in strips(n, k * dtype.itemsize, weight.device):
-        like = torch.empty((), dtype=dtype, device=weight.device).expand(stop - start, k)
+        like = weight.new_empty((), dtype=dtype).expand(stop - start, k)
         product = sum_over_rows(grad_y[:, start:stop], x, like)
         if grad_weight is not None:
             grad_weight[start:stop] = product

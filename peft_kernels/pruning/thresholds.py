@@ -79,7 +79,8 @@ def keep_largest(scores: Any, k: int) -> Any:
     search.run(lambda: (strip for part in parts for _, strip in part.strips()))
     masks = []
     for part in parts:
-        words = torch.empty(part.shape[0], words_of(part.shape[1]), dtype=torch.int32, device=part.device)
+        n, columns = part.shape
+        words = search.prefix.new_empty(n, words_of(columns), dtype=torch.int32, device=part.device)
         for rows, strip in part.strips():
             words[rows] = search.kept_words(strip)
         masks.append(PackedMask(words, part.shape))
@@ -124,7 +125,13 @@ class _Search:
         self.integer = torch.int64 if dtype == torch.float64 else torch.int32
         self.prefix = torch.zeros(rows, 1, dtype=self.integer, device=device)
         self.wanted = torch.full((rows, 1), k, dtype=torch.int64, device=device)
-        self.native = rows == 1 and device.type == "cpu" and dtype == torch.float32 and native.is_available()
+        self.native = (
+            not torch.compiler.is_compiling()
+            and rows == 1
+            and device.type == "cpu"
+            and dtype == torch.float32
+            and native.is_available()
+        )
 
     def run(self, strips: Callable[[], Iterable[Tensor]]) -> None:
         """Finds the digits. `strips()` gives all scores, once for each digit."""

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_kernels import functional, use_backend
-from peft_kernels.formats.sparse_delta import prepare
+from peft_kernels import use_backend
+from peft_kernels.formats.sparse_delta import sparse_delta
+from peft_kernels.kernels.cpu import sparse_delta_linear
 from tests.helpers import assert_within_rounding, named
 from tests.problems import SparseDeltaProblem
 
@@ -40,17 +41,15 @@ def test_many_places_are_right_to_rounding(width, options, dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_the_sum_is_rounded_once(width, dtype):
-    """W rounded before Δ is added, or Δ before it is added to W, would give another number."""
-    weight, values = torch.full((1, 1), 1.0, dtype=dtype), torch.tensor([0.7 * torch.finfo(dtype).eps])
-    places = prepare(torch.tensor([0]), (1, 1))[0]
-    x = torch.full((1, 1), 3.0, dtype=dtype, requires_grad=True)
-    with use_backend("cpu"):
-        y = functional.sparse_delta_linear(x, weight, places, values)
-    (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    changed = (1 + values).to(dtype)
-    assert changed > 1
-    assert torch.equal(grad_x[0], changed)
-    assert torch.equal(y.detach()[0], (3 * changed.float()).to(dtype))
+    """A weight in float32, as under autocast: rounded before Δ is added, or never, it would give other numbers."""
+    eps = torch.finfo(dtype).eps
+    weight, values = torch.tensor([[1 + 0.3 * eps]]), torch.tensor([0.4 * eps])
+    delta = sparse_delta(torch.tensor([0]), values, (1, 1))
+    x, changed = torch.full((1, 1), 3.0, dtype=dtype), 1 + eps
+    y = sparse_delta_linear.forward(x, weight, [delta], None, None)
+    grad_x = sparse_delta_linear.backward(x, x, weight, [delta], None, (True, False, False, [False]))[0]
+    assert y == grad_x == torch.tensor(3 * changed).to(dtype)
+    assert y != torch.tensor(3 * (1 + 0.7 * eps)).to(dtype)
 
 
 def test_the_same_bits_at_any_number_of_threads(width):

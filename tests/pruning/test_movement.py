@@ -163,3 +163,49 @@ def test_refusals():
     hooked[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="add_movement: 0 has hooks"):
         add_movement(hooked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scores_that_start_at_magnitudes(dtype):
+    """The first mask is magnitude pruning's, layers of any scale have scores of one size, gradients are the same."""
+    linear = nn.Linear(41, 150, dtype=dtype)
+    with torch.no_grad():
+        linear.weight *= 1e-5
+        linear.weight[0, :4] = torch.tensor([0.0, -0.0, 1e-9, -1e-9])
+    layer = MovementLinear.from_linear(linear, sparsity=0.6, scores="magnitude")
+    assert layer.mask.equal(keep_largest(linear.weight.detach().abs(), 6150 - round(0.6 * 6150)))
+    assert not layer.mask.equal(MovementLinear.from_linear(linear, sparsity=0.6).mask)
+    assert layer.scores.dtype == torch.promote_types(dtype, torch.float32)
+    assert 0.4 < layer.scores.square().mean().sqrt() <= 1.01
+    # No two weights have one score, not even those that lie next to each other.
+    assert len(layer.scores.unique()) == len(linear.weight.detach().abs().unique())
+
+    twin = MovementLinear.from_linear(linear, sparsity=0.6)
+    twin._new_mask = lambda: layer.mask
+    x, grads = torch.randn(3, 41, dtype=dtype), []
+    for either in (layer, twin):
+        loss = either(x).square().sum()
+        grads.append(torch.autograd.grad(loss, (either.weight, either.bias, either.scores)))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    assert all(grad.any() for grad in grads[0])
+
+
+def test_scores_of_a_weight_without_a_scale():
+    for weight, sizes in ((torch.zeros(3, 4), [0.0]), (torch.tensor([[1.0, -float("inf")]]), [1.0, float("inf")])):
+        layer = MovementLinear(nn.Parameter(weight), None, scores="magnitude")
+        assert layer.scores.unique().tolist() == sizes
+    with pytest.raises(ValueError, match="scores is 'ones'; expected one of zeros, magnitude"):
+        add_movement(nn.Sequential(nn.Linear(4, 3)), scores="ones")
+
+
+def test_compiled(monkeypatch):
+    """As one graph: forward, backward, and a mask that follows the scores."""
+    monkeypatch.undo()  # Dynamo knows PyTorch's own allocations, not those that poison
+    layer = MovementLinear.from_linear(nn.Linear(41, 30), sparsity=0.6, scores="magnitude")
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, 41, requires_grad=True)
+    for change in (lambda: None, lambda: nn.init.normal_(layer.scores)):
+        change()
+        wanted = [x, *layer.parameters()]
+        expected, got = ((y, *torch.autograd.grad(y, wanted, torch.ones_like(y))) for y in (layer(x), compiled(x)))
+        assert all(torch.equal(*pair) for pair in zip(expected, got, strict=True))
