@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -406,6 +407,9 @@ from peft_kernels.problems import Shape
 from peft_kernels.tuning import candidates, configs, trials
 from peft_kernels.tuning.search import Deadline, Workload
 from peft_kernels.tuning.store import Store
+from tests.triton.interpreter import speed_up
+
+speed_up()
 
 class Watch:
     kind = "scripted"
@@ -446,8 +450,8 @@ def test_a_search_in_the_interpreter(tmp_path):
     output = tmp_path / "sm_80.json"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", files.FOLDER_VARIABLE: str(tmp_path)}
-    command = [sys.executable, "-c", INTERPRETED, str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command, root = [sys.executable, "-c", INTERPRETED, str(output)], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     (raw,) = json.loads(output.read_text())["tuned"]
     assert raw["problem"] == {
