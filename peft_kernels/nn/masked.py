@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.formats.positions import Positions
 from peft_kernels.functional import mask_apply, mask_apply_, masked_linear
 from peft_kernels.nn._layers import check_flags, is_conv1d
-from peft_kernels.nn._masked_state import Masked, is_masked, mask_of
+from peft_kernels.nn._masked_state import Masked, is_masked, mask_of, words_problem
 from peft_kernels.nn._pruned import taken_from_pruned
 from peft_kernels.nn.lora import is_linear
 from peft_kernels.nn.nf4 import is_quantised_linear, weight_of
@@ -34,7 +34,7 @@ class MaskedLinear(Masked):
     state are as small as the mask allows, and checkpoints hold no zeros. W is then kept beside them and filled from
     them, at every forward in training mode, since an optimiser may write without leaving a trace; in evaluation mode
     after a change that PyTorch counts and after each `.eval()`. Another mask makes another parameter `values`, for
-    which a new optimiser has to be made.
+    which a new optimiser has to be made. A layer of either layout loads what one of the other has saved.
 
     Over an `NF4Weight` (`from_linear` of an `NF4Linear`) W is frozen. How that moves, is saved and loaded:
     `_quantised.Quantised`; the mask: `_masked_state.Masked`.
@@ -302,20 +302,42 @@ class MaskedLinear(Masked):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        state_dict = self._in_own_layout(state_dict, prefix)
         words, loaded = state_dict.get(f"{prefix}mask_words"), state_dict.get(f"{prefix}values")
-        if self.grad_layout == "compact" and isinstance(words, Tensor) and isinstance(loaded, Tensor):
+        if words_problem(words, self.mask) is None and isinstance(loaded, Tensor) and not words.is_meta:
             count = int(popcount(words).sum())
             if tuple(loaded.shape) != (count,):
                 error_msgs.append(
                     f"{prefix}values has shape {tuple(loaded.shape)}; expected ({count},), as many as the mask keeps"
                 )
                 return
-            values = self._values()
-            if count != values.numel():
-                self.values = nn.Parameter(values.detach().new_zeros(count), requires_grad=values.requires_grad)
+            if self.values is not None and count != self.values.numel():
+                values = self.values.detach().new_zeros(count)
+                self.values = nn.Parameter(values, requires_grad=self.values.requires_grad)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    @torch.no_grad()
+    def _in_own_layout(self, state: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """`state` with the weight as this layer's `grad_layout` has it, where it is that of a layer with the other one;
+        else as it is, for loading to say what is wrong with it."""
+        own, other = ("values", "weight") if self.grad_layout == "compact" else ("weight", "values")
+        words, given = state.get(f"{prefix}mask_words"), state.get(f"{prefix}{other}")
+        if f"{prefix}{own}" in state or isinstance(self.weight, NF4Weight) or words_problem(words, self.mask):
+            return state
+        if not isinstance(given, Tensor) or not given.is_floating_point() or hasattr(given, "full_tensor"):
+            return state
+        shape = (int(popcount(words).sum()),) if other == "values" else self.mask.shape
+        if given.shape != shape or given.is_meta or words.is_meta:
+            return state
+        flat = self.mask._replace(words=words).positions().flat.to(given.device)
+        if own == "values":
+            made = given.reshape(-1).index_select(0, flat)
+        else:
+            made = given.new_zeros(self.mask.shape)
+            _fill(made, flat, given)
+        return {**{key: value for key, value in state.items() if key != f"{prefix}{other}"}, f"{prefix}{own}": made}
 
     @torch.no_grad()
     def _mask_loaded(self) -> None:

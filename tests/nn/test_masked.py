@@ -374,6 +374,41 @@ class TestState:
         with pytest.raises(RuntimeError, match=r"Missing key.*mask_words"):
             layer.load_state_dict({"weight": torch.ones(N, K), "bias": torch.ones(N)})
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_layer_of_one_layout_loads_what_one_of_the_other_saved(self, layout, assign):
+        """Strictly, also within a model, with another mask than it had; what stood outside the mask is not taken."""
+        other, x = LAYOUTS[layout == "dense"], torch.randn(3, K)
+        source, target = made(other, OTHER), nn.Sequential(made(layout))
+        train(source, OPTIMIZERS["AdamW"](source.parameters()))
+        saved = {f"0.{key}": value.clone() for key, value in source.state_dict().items()}
+        if other == "dense":
+            saved["0.weight"][~OTHER] = float("nan")
+        names = [name for name, _ in target.named_parameters()]
+        target.load_state_dict(saved, assign=assign)
+        assert [name for name, _ in target.named_parameters()] == names
+        assert target[0].mask.equal(source.mask)
+        assert torch.equal(target[0].to_linear().weight, source.to_linear().weight)
+        torch.testing.assert_close(target(x), source(x))
+        assert zeros_outside(target[0].weight, OTHER)
+        train(target[0], OPTIMIZERS["AdamW"](target.parameters()))
+        assert not torch.equal(target[0].to_linear().weight, source.to_linear().weight)
+        source.load_state_dict(target[0].state_dict(), assign=assign)
+        assert torch.equal(target[0].to_linear().weight, source.to_linear().weight)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_what_does_not_fit_is_not_loaded_from_the_other_layout(self, layout):
+        layer, words = made(layout), pack(KEPT).words
+        given = {"values": torch.ones(5)} if layout == "dense" else {"weight": torch.ones(N, K)}
+        before = copy.deepcopy(layer.state_dict())
+        bad = {**given, "bias": torch.ones(N), "mask_words": words if layout == "dense" else words[:, :1]}
+        text = (
+            r"values has shape \(5,\); expected" if layout == "dense" else r"mask_words has shape \(10, 1\); expected"
+        )
+        with pytest.raises(RuntimeError, match=text):
+            layer.load_state_dict(bad)
+        assert same_state(layer.state_dict(), before)
+
     def test_sparsity_is_counted_once_for_each_mask(self, monkeypatch):
         counted = []
         density = PackedMask.density
