@@ -173,7 +173,9 @@ def check_weight(op: str, name: str, weight: Any, x: Tensor, shape: tuple, why: 
         check_floating(op, name, weight)
     check_shape(op, name, weight, shape, why)
     check_device(op, name, weight, x.device)
-    if isinstance(weight, Tensor) and not torch.is_autocast_enabled(x.device.type):
+    # Of the meta device nobody can be asked whether there is an autocast.
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    if isinstance(weight, Tensor) and not autocast:
         check_same_dtype(op, name, weight, x.dtype, "x")
 
 

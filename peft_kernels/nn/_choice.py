@@ -41,7 +41,12 @@ def choose(
         raise ValueError(f"{module}: scores take the place of selection; expected one of both")
     count = round(density * weight.shape.numel())  # type: ignore[operator]
     if scores is None and selection == "random":
-        return positions(_drawn(weight.shape.numel(), count, generator).to(weight.device), weight.shape).with_columns()
+        drawn = _drawn(weight.shape.numel(), count, generator)
+        if weight.device.type == "meta":  # how many they are is known there, and which ones when a state is loaded
+            return positions(drawn, weight.shape).with_columns().to("meta")
+        return positions(drawn.to(weight.device), weight.shape).with_columns()
+    if weight.device.type == "meta":
+        raise ValueError(f"{module}: weight is on the meta device, where no weights are the largest; expected indices")
     if scores is None:
         scores = (weight.dequantize() if isinstance(weight, NF4Weight) else weight.detach()).abs()
     check_floating(module, "scores", scores)
@@ -54,12 +59,19 @@ def choose(
 
 
 def _given(module: str, weight: Tensor | NF4Weight, indices: Positions | Tensor) -> Positions:
+    on_meta = weight.device.type == "meta"
+    if on_meta and isinstance(indices, Tensor) and indices.is_meta:
+        raise ValueError(
+            f"{module}: indices is on the meta device; expected places on the CPU, also for a weight there"
+        )
     if not isinstance(indices, Positions):
         try:
             indices, _ = prepare(indices, weight.shape)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{module}: {error}") from None
     check_shape(module, "indices", indices, tuple(weight.shape), "it has the places of weight")
+    if on_meta:
+        return indices.with_columns().to("meta")
     check_device(module, "indices", indices, weight.device)
     return indices.with_columns()
 
@@ -67,10 +79,10 @@ def _given(module: str, weight: Tensor | NF4Weight, indices: Positions | Tensor)
 def _drawn(size: int, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` of the numbers below `size`, each set of them as likely, ascending: int64, on the CPU."""
     if 2 * count > size:  # drawing again what was drawn would take long
-        return torch.randperm(size, generator=generator)[:count].sort().values
-    drawn = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(size, generator=generator, device="cpu")[:count].sort().values
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < count:
-        more = torch.randint(size, (count - drawn.numel() + 64,), generator=generator)
+        more = torch.randint(size, (count - drawn.numel() + 64,), generator=generator, device="cpu")
         drawn = torch.cat((drawn, more)).unique()
-    keep = torch.randperm(drawn.numel(), generator=generator)[:count]
+    keep = torch.randperm(drawn.numel(), generator=generator, device="cpu")[:count]
     return drawn[keep].sort().values

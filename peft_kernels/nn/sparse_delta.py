@@ -332,11 +332,17 @@ class SparseDeltaLinear(Quantised):
         except (ValueError, TypeError) as error:
             error_msgs.append(f"{prefix}indices: {error}")  # before anything of this module is changed
             return
+        if loaded is not None and self.indices.is_meta and not local_metadata.get("assign_to_params_buffers", False):
+            error_msgs.append(
+                f"{prefix}indices is on the meta device; expected assign=True, or to_empty before loading"
+            )
+            return
         self.unmerge()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._put_places(positions(self.indices, self._places.shape))
+        if loaded is not None:
+            self._put_places(positions(self.indices, self._places.shape))
         if merged:
             self.merge()
 

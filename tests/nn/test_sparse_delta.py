@@ -110,6 +110,45 @@ def test_places_that_do_not_fit_are_not_loaded():
         assert torch.equal(layer.values, before)
 
 
+@pytest.mark.parametrize("made", ["in a context", "by argument", "by indices", "from a linear", "moved"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_through_the_meta_device(monkeypatch, made, assign):
+    """How many places there are is known there, which ones when a state is loaded."""
+    source, x = trained(SparseDeltaLinear.from_linear(linear(), density=0.3)), torch.randn(3, 40)
+    if made == "in a context":
+        monkeypatch.undo()  # a context's device reaches PyTorch's own torch.empty, not one that poisons
+        with torch.device("meta"):
+            layer = SparseDeltaLinear(40, 30, density=0.3)
+    elif made == "moved":
+        layer = copy.deepcopy(source).to("meta")
+    elif made == "from a linear":
+        layer = SparseDeltaLinear.from_linear(nn.Linear(40, 30, device="meta"), density=0.3)
+    else:
+        choice = {"indices": source.indices} if made == "by indices" else {"density": 0.3}
+        layer = SparseDeltaLinear(40, 30, device="meta", **choice)
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    assert "places=360" in repr(layer)
+    assert layer(x.to("meta")).shape == (3, 30)
+    if not assign:
+        with pytest.raises(RuntimeError, match="indices is on the meta device; expected assign=True, or to_empty"):
+            layer.load_state_dict(source.state_dict())
+        layer.to_empty(device="cpu")
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(layer(x), source(x))
+    assert [p.requires_grad for p in layer.parameters()] == [p.requires_grad for p in source.parameters()]
+    before = layer(x)
+    trained(layer)
+    assert not torch.equal(layer(x), before)
+
+
+def test_places_that_the_meta_device_cannot_choose():
+    on_meta = nn.Linear(40, 30, device="meta")
+    with pytest.raises(ValueError, match="weight is on the meta device, where no weights are the largest"):
+        SparseDeltaLinear.from_linear(on_meta, density=0.3, selection="magnitude")
+    with pytest.raises(ValueError, match="indices is on the meta device; expected places on the CPU"):
+        SparseDeltaLinear.from_linear(on_meta, indices=torch.arange(4, device="meta"))
+
+
 def test_dropping_and_growing_places():
     """What stays keeps value and optimiser state, so that the layer computes the same without the dropped ones."""
     layer = SparseDeltaLinear.from_linear(linear(), density=0.05)
