@@ -324,7 +324,9 @@ class MaskedLinear(Masked):
         else as it is, for loading to say what is wrong with it."""
         own, other = ("values", "weight") if self.grad_layout == "compact" else ("weight", "values")
         words, given = state.get(f"{prefix}mask_words"), state.get(f"{prefix}{other}")
-        if f"{prefix}{own}" in state or isinstance(self.weight, NF4Weight) or words_problem(words, self.mask):
+        if f"{prefix}{own}" in state or isinstance(self.weight, NF4Weight):
+            return state
+        if not isinstance(words, Tensor) or words_problem(words, self.mask) is not None:
             return state
         if not isinstance(given, Tensor) or not given.is_floating_point() or hasattr(given, "full_tensor"):
             return state
