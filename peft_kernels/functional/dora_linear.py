@@ -73,6 +73,7 @@ def dora_linear(
 
 
 def _check_vector(name: str, value: Tensor, weight: Tensor | NF4Weight) -> None:
+    """Raises for what is no floating-point vector [N] on the device of weight [N, K]."""
     check_floating(_OP, name, value)
     check_shape(_OP, name, value, weight.shape[:1], f"weight has {weight.shape[0]} output features")
     check_device(_OP, name, value, weight.device)

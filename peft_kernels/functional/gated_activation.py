@@ -39,5 +39,6 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> T
 
 
 def check_activation(op: str, activation: str) -> None:
+    """Raises a ValueError that lists the names for what is none of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")

@@ -90,6 +90,7 @@ def lora_expert_linear(
 
 
 def check_offsets(op: str, offsets: Tensor, experts: int) -> None:
+    """Raises for all but int32 [E]: where the rows of each expert end. Their values, on a GPU maybe, are not read."""
     check_tensor(op, "offsets", offsets)
     if offsets.dtype != torch.int32:
         raise TypeError(f"{op}: offsets has dtype {offsets.dtype}; expected torch.int32")

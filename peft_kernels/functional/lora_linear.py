@@ -108,7 +108,8 @@ def lora_linear(
 
 
 def lora_fits(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> bool:
-    """Whether the arguments that all LoRA linears have are valid: cheap, and silent about what is not."""
+    """Whether the arguments that all LoRA linears have are valid: x [..., K], weight [N, K], A [r, K], B [N, r], a
+    finite scaling, bias [N] or None, a probability. Cheap, and silent about what is not: `explain_lora` raises."""
     try:
         n, k = weight.shape
         r, a_k = lora_A.shape
@@ -215,13 +216,14 @@ def _with_token_mask(
 
 
 def is_dtensor(*tensors: Tensor | NF4Weight) -> bool:
+    """Whether any is sharded. Imports `torch.distributed`: only for calls that plain tensors do not explain."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def dense_beside_dtensors(op: str, weights: Sequence[Tensor | NF4Weight]) -> list[Tensor]:
-    """The weights, none of which may be of 4 bits."""
+    """The weights as they are; NotImplementedError for one in 4 bits, whose blocks a shard could cut."""
     dense = [weight for weight in weights if isinstance(weight, Tensor)]
     if len(dense) < len(weights):
         raise NotImplementedError(f"{op}: DTensors are not supported over weights of 4 bits")

@@ -123,6 +123,7 @@ def _signature(x: Tensor, group: Group) -> tuple | None:
 
 
 def _remember(signature: tuple | None) -> None:
+    """Calls of this signature need no checks any more; the least that bounds the memory is to forget all of them."""
     if signature is not None:
         if len(_verified) >= 4096:
             _verified.clear()
@@ -167,7 +168,8 @@ def flatten_group(op, weights, lora_As, lora_Bs, scalings, biases, dropout_p) ->
 
 
 def flat_adapters(nested: Adapters) -> tuple[list[int], list[Tensor]]:
-    """(index of its projection, tensor) of each adapter, as two lists."""
+    """Two lists with an entry for each adapter: the index of its projection, and its tensor. An entry of `nested` is
+    one tensor, several, or None where the projection has no adapter; the order is theirs."""
     outputs: list[int] = []
     tensors: list[Tensor] = []
     for j, entry in enumerate(nested):
@@ -181,6 +183,7 @@ def flat_adapters(nested: Adapters) -> tuple[list[int], list[Tensor]]:
 
 
 def _nesting(outputs: list[int], nested: Adapters) -> str:
+    """How many adapters each projection has, such as "1/0/2", for messages."""
     return "/".join(str(outputs.count(j)) for j in range(len(nested))) or "no"
 
 
@@ -209,6 +212,7 @@ def _per_adapter(op: str, name: str, values: float | Sequence[Any], lora_As: Ada
 
 
 def check_input(op: str, x: Tensor) -> None:
+    """Raises for an x that is no floating-point tensor [..., K]."""
     check_floating(op, "x", x)
     if x.ndim == 0:
         raise ValueError(f"{op}: x has no dimensions; expected (..., in_features)")
@@ -232,6 +236,7 @@ def check_group(op: str, x: Tensor, in_features: int, group: Group, projections:
 
 
 def _check_adapter(op: str, x: Tensor, group: Group, i: int, k: int) -> None:
+    """Raises unless adapter i is A [r, k] and B [N, r] on x's device, in the dtype that all adapters have."""
     a, b, n = group.lora_As[i], group.lora_Bs[i], group.weights[group.outputs[i]].shape[0]
     whose = f"adapter {i} (of weights[{group.outputs[i]}])"
     for name, tensor in ((f"A of {whose}", a), (f"B of {whose}", b)):
@@ -246,6 +251,7 @@ def _check_adapter(op: str, x: Tensor, group: Group, i: int, k: int) -> None:
 
 
 def check_token_mask(op: str, x: Tensor, token_mask: Any) -> None:
+    """Raises for what is not bool [...] on x's device, for x [..., K]."""
     check_tensor(op, "token_mask", token_mask)
     if token_mask.dtype != torch.bool:
         raise TypeError(f"{op}: token_mask has dtype {token_mask.dtype}; expected torch.bool")
@@ -260,7 +266,8 @@ def check_token_mask(op: str, x: Tensor, token_mask: Any) -> None:
 def seeds_tensor(
     op: str, group: Group, training: bool, seed: int | Tensor | None, device: torch.device
 ) -> tuple[list[float], Tensor | None]:
-    """(probability of each adapter, their seeds); zeros and None where nothing is dropped."""
+    """(probability of each adapter, their seeds as int64 [adapters]); zeros and None where nothing is dropped. From a
+    number on adapters have successive seeds, of a tensor an entry each; raises for another dtype or shape."""
     count = len(group.outputs)
     if not training or not any(group.dropout_ps):
         return [0.0] * count, None

@@ -222,11 +222,13 @@ def flatten_lists(op: str, weights, lora_As, lora_Bs, scalings) -> AdapterLists:
 
 
 def _layer(name: str, j: int, weights) -> str:
+    """The argument's name in messages: with an index where a call has several weights."""
     return name if len(weights) == 1 else f"{name}[{j}]"
 
 
 def _scalings_of(op: str, scalings, j: int, weights, count: int) -> list[Any]:
-    """One for each adapter of layer j."""
+    """One for each adapter of layer j, of one for all or of a list with one, or a list, for each layer; not yet checked
+    to be finite. TypeError for None, ValueError for another length."""
     if scalings is None:
         raise TypeError(f"{op}: scalings is None; expected a number for all adapters or one for each")
     name = "scalings"
@@ -258,6 +260,7 @@ def _extend(flat: AdapterLists, j: int, layer_As, layer_Bs, scalings) -> bool:
 
 
 def _append(op, flat: AdapterLists, j: int, layer_As, layer_Bs, scalings, weights) -> None:
+    """As `_extend`, one adapter at a time: skips those without matrices, raises for half of one and for no number."""
     for adapter, (a, b, scaling) in enumerate(zip(layer_As, layer_Bs, scalings, strict=True)):
         if a is None and b is None:
             continue
@@ -276,6 +279,7 @@ def _append(op, flat: AdapterLists, j: int, layer_As, layer_Bs, scalings, weight
 
 
 def _pool_adapters(op, weights, layers, lora_Bs, scalings) -> PoolAdapters:
+    """The adapters of a pool, whose B and scalings are its own; TypeError where they are given, or pools are mixed."""
     for name, value in (("lora_Bs", lora_Bs), ("scalings", scalings)):
         if value is not None:
             raise TypeError(f"{op}: {name} is given beside an AdapterPool, which has its own; expected None")
@@ -322,6 +326,7 @@ def _remember(signature: tuple | None) -> None:
 
 
 def _check_layers(op: str, x: Tensor, weights, biases) -> None:
+    """Raises for the first weight that is not [N, K], or bias that is not [N], of x's dtype and device, x [..., K]."""
     k = x.shape[-1]
     for j, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         name = "weight" if len(weights) == 1 else f"weights[{j}]"
@@ -422,6 +427,7 @@ def reads_ids(device: torch.device) -> bool:
 
 
 def _check_range(op: str, adapter_ids: Tensor, count: int, name: str) -> None:
+    """ValueError for an id outside [-1, count), where ids are read at all: on a GPU that waits for it."""
     if adapter_ids.numel() == 0 or torch.compiler.is_compiling() or type(adapter_ids) is not Tensor:
         return
     if not reads_ids(adapter_ids.device):

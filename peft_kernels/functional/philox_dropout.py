@@ -35,6 +35,7 @@ def philox_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Ten
 
 
 def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """int64 [1] on the device: a new seed for None. Raises for what is no integer, and for a tensor elsewhere."""
     if seed is None:
         return ops.philox_dropout.new_seed(device)
     check_seed(op, seed, device)
