@@ -26,6 +26,7 @@ $(STAMP): $(BUILT_FROM)
 demo: setup
 	$(BIN)/peft-kernels finetune --compare --output outputs/demo
 
+# PEFT_KERNELS_AOT=all compiles every Triton configuration of tuning/ instead of one of each kind.
 # One thread a worker: PyTorch's own threads would fight the other workers for the cores. Bytecode is written whatever the
 # environment says: the tests start many processes, each of which would compile the library.
 test: setup
