@@ -5,14 +5,14 @@
 
 namespace peft_kernels {
 
-constexpr int kCsrGroup = 8;                   // kept numbers of a group
-constexpr int64_t kCsrMostNarrow = 65535;      // columns of weights up to this wide take 16 bits
+constexpr int kCsrGroup = 8;               // kept numbers of a group
+constexpr int64_t kCsrMostNarrow = 65535;  // columns of weights up to this wide take 16 bits
 
 struct CsrWeight {
   int64_t n, k;
   int dtype;
-  const void* values;   // [groups, 8]
-  const void* columns;  // uint16 or, of wider weights, int32 [groups, 8]; k where a number pads
+  const void* values;     // [groups, 8]
+  const void* columns;    // uint16 or, of wider weights, int32 [groups, 8]; k where a number pads
   const int32_t* starts;  // [n + 1], in groups
 };
 

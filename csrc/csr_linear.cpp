@@ -59,7 +59,8 @@ void dots(int64_t m, const CsrWeight& w, Matrix x, Matrix bias, Matrix y, int th
   const int team = useful_threads(m, w, threads);
   const auto cuts = cut_rows(w.starts, w.n, team);
   const int64_t width = padded(w.k + 1);
-  const auto rows = allocate<float>(m * width), sums = allocate<float>(m * padded(w.n)), biases = allocate<float>(padded(w.n));
+  const auto rows = allocate<float>(m * width), sums = allocate<float>(m * padded(w.n));
+  const auto biases = allocate<float>(padded(w.n));
   const Collected bias_row{biases.get(), w.n};
   bias_row.begin(1, bias, 0);
   for (int64_t i = 0; i < m; ++i) {

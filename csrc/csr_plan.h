@@ -9,12 +9,12 @@
 
 namespace peft_kernels {
 
-constexpr int kCsrWarps = 32;                // of a block, at most
-constexpr int kCsrLeastWarps = 4;            // and at least: they copy x
-constexpr int kCsrRows = 8;                  // rows of x at a time, at most
-constexpr int kCsrLeastLanes = 8;            // of a warp that share a row of W
-constexpr int kCsrMostParts = 8;             // warps that share one
-constexpr int kCsrGroupsAhead = 4096;        // groups that a block asks for before it knows which are its own
+constexpr int kCsrWarps = 32;          // of a block, at most
+constexpr int kCsrLeastWarps = 4;      // and at least: they copy x
+constexpr int kCsrRows = 8;            // rows of x at a time, at most
+constexpr int kCsrLeastLanes = 8;      // of a warp that share a row of W
+constexpr int kCsrMostParts = 8;       // warps that share one
+constexpr int kCsrGroupsAhead = 4096;  // groups that a block asks for before it knows which are its own
 
 struct CsrGpu {
   int multiprocessors, shared_bytes;
@@ -41,21 +41,22 @@ inline int csr_shared_bytes(const CsrPlan& plan, int64_t k, int rows) {
   return csr_sums_offset(k, rows) + (plan.parts > 1 ? plan.warps * rows * 4 : 0);
 }
 
-// `groups` of the whole weight. Rows that are short share a warp where there are enough of them, rows that are few are
-// shared by warps.
+// `groups` of the whole weight. Rows that are short share a warp where there are enough of them; rows that are long and
+// few are shared by warps.
 inline CsrPlan csr_plan(int64_t n, int64_t groups, const CsrGpu& gpu) {
   const int64_t typical = (groups + n - 1) / n, most_warps = int64_t{gpu.multiprocessors} * kCsrWarps;
   CsrPlan plan{32, 1, 0, 0, 0, 0};
   while (plan.lanes > kCsrLeastLanes && 2 * typical <= plan.lanes && n * (plan.lanes / 2) >= 32 * most_warps)
     plan.lanes /= 2;
-  while (plan.lanes == 32 && plan.parts < kCsrMostParts && 2 * n * plan.parts <= most_warps && typical > 32 * plan.parts)
+  while (plan.parts < kCsrMostParts && 2 * n * plan.parts <= most_warps && typical > 32 * plan.parts)
     plan.parts *= 2;
   // As many warps as give each multiprocessor a block, in a turn or in many.
   const int in_warp = 32 / plan.lanes;
   const int64_t warps = (n + in_warp - 1) / in_warp * plan.parts;
   const int64_t wanted = (warps + gpu.multiprocessors - 1) / gpu.multiprocessors;
   const int64_t whole = (wanted + plan.parts - 1) / plan.parts * plan.parts;
-  plan.warps = static_cast<int>(least<int64_t>(kCsrWarps, greatest<int64_t>(greatest(kCsrLeastWarps, plan.parts), whole)));
+  const int fewest = greatest(kCsrLeastWarps, plan.parts);
+  plan.warps = static_cast<int>(least<int64_t>(kCsrWarps, greatest<int64_t>(fewest, whole)));
   plan.rows = plan.warps / plan.parts * in_warp;
   plan.tiles = static_cast<int>((n + plan.rows - 1) / plan.rows);
   plan.blocks = least(plan.tiles, gpu.multiprocessors);

@@ -97,8 +97,8 @@ struct CsrRun {
   }
 };
 
-// Sums over the lanes that share a row of W, half of the rows of x from one half of the lanes at a time: in the order of
-// the same tree, however many rows there are. A lane sends what the lane `offset` away keeps.
+// Sums over the lanes that share a row of W: each half of the lanes takes half of the rows of x from the other, so that
+// the tree of a row's sum is the same however many rows there are. A lane sends what the lane `offset` away keeps.
 template <int count, class Number>
 PEFT_KERNELS_HOST_DEVICE Number csr_sent(const Number* sums, int i, bool upper) {
   return upper ? sums[i] : sums[i + count / 2];
@@ -108,7 +108,7 @@ PEFT_KERNELS_HOST_DEVICE Number csr_kept(const Number* sums, int i, bool upper) 
   return upper ? sums[i + count / 2] : sums[i];
 }
 
-// The row of x whose sum a lane is left with, of the lanes [0, lanes) of a row of W; one lane in lanes / rows stores it.
+// The row of x whose sum a lane is left with, of the lanes [0, lanes) of a row of W; one in lanes / rows stores it.
 PEFT_KERNELS_HOST_DEVICE int csr_row_left(int lane, int lanes, int rows) { return lane / (lanes / rows); }
 PEFT_KERNELS_HOST_DEVICE bool csr_stores(int lane, int lanes, int rows) { return lane % (lanes / rows) == 0; }
 

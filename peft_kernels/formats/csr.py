@@ -149,7 +149,7 @@ class CsrWeight(NamedTuple):
         pads = (columns == k).flatten()
         rows = torch.arange(n, device=self.device).repeat_interleave(sizes.long()).repeat_interleave(GROUP)
         in_order = (columns.flatten().diff() > 0) | (pads[:-1] & pads[1:]) | (rows.diff() != 0)
-        if not bool(in_order.all()) or bool((columns[:, 0] == k).any()):
+        if not bool(in_order.all()):
             raise ValueError(f"{where}: a row's columns are not in order, or one occurs twice")
         if bool(_bits_of(self.values).flatten()[pads].any()):
             raise ValueError(f"{where}: numbers other than 0 beyond the last column")

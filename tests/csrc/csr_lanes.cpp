@@ -80,7 +80,8 @@ struct Block {
       CsrRun run{};
       const auto fetch_one = [&](int64_t group) { return fetch(group); };
       const bool lives = row < call.w.n;
-      run.begin(lives ? call.w.starts[row] : 0, lives ? call.w.starts[row + 1] : 0, share.lane, share.stride, fetch_one);
+      const int64_t begin = lives ? call.w.starts[row] : 0, end = lives ? call.w.starts[row + 1] : 0;
+      run.begin(begin, end, share.lane, share.stride, fetch_one);
       run.template multiply<dtype, rows>(fetch_one, [&](uint32_t column) { return load(column); },
                                          reinterpret_cast<Sums<rows>&>(sums[thread * rows]));
     }

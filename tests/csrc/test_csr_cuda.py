@@ -32,7 +32,7 @@ def lanes(tmp_path_factory: pytest.TempPathFactory) -> Lanes:
 @pytest.mark.parametrize("gpu", [H200, SMALL], ids=["H200", "small"])
 @pytest.mark.parametrize(
     ("n", "k", "density"),
-    [(1, 1, 1), (16, 256, 0.5), (33, 700, 0.3), (70, 2501, 0.1), (600, 70, 0.05), (5, 3000, 0.01)],
+    [(1, 1, 1), (16, 256, 0.5), (33, 700, 0.3), (70, 2501, 0.6), (600, 70, 0.05), (5, 3000, 0.01)],
 )  # fmt: skip
 def test_products(lanes, n, k, density, gpu):
     for m, dtype in ((1, BF16), (2, BF16), (3, F16), (8, BF16), (7, F16), (1, F16)):
@@ -89,6 +89,14 @@ def test_numbers_that_pad_meet_a_zero(lanes):
             x[:, 2], x[:, k - 1] = 1, 2
             y, _ = lanes.linear(x, compress_csr(weight), H200)
             assert torch.equal(y, torch.tensor([3.0, 0, 2, 0], dtype=torch.float64).expand(m, 4)), (k, m)
+
+
+def test_columns_past_15_bits(lanes):
+    weight = torch.zeros(3, 50_001, dtype=BF16)
+    weight[0, [1, 32_767, 32_768, 50_000]] = torch.tensor([1.0, 2, 4, 8], dtype=BF16)
+    for m in (1, 2):
+        x = signs(m, 50_001)
+        assert torch.equal(lanes.linear(x, compress_csr(weight), H200)[0], exact(x, weight))
 
 
 def test_a_row_is_summed_in_the_same_order_whatever_its_batch(lanes):

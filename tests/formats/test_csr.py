@@ -78,11 +78,11 @@ def test_too_many_groups_are_refused(monkeypatch):
 
 
 def test_columns_or_numbers_that_pad_wrongly_are_refused():
-    """A number among the padding, padding between numbers, a whole group of padding."""
+    """Padding between numbers, and a number among the padding."""
     weight = torch.zeros(2, 20)
     weight[0, :10], weight[1, :3] = 1, 1
     packed = compress_csr(weight)
-    for place, column, message in ((4, 20, "in order"), (11, 19, "in order"), (8, 20, "in order")):
+    for place, column, message in ((4, 20, "in order"), (8, 20, "in order"), (11, 19, "in order")):
         columns = packed.columns.clone()
         columns.view(-1)[place] = column
         with pytest.raises(ValueError, match=message):
