@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from peft_kernels.formats import _block, _nf4_bitmap, _semi_structured, bitmap, csr
 from peft_kernels.formats.bitmap import BitmapWeight
 from peft_kernels.formats.sparse import SparseWeight, from_numbers
+from peft_kernels.formats.whole_files import taking_the_place_of
 
 _KEY, _FORMAT = "peft_kernels.sparse", "1"
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -47,14 +47,8 @@ def save(weights: Mapping[str, SparseWeight], path: str | os.PathLike) -> None:
             tensors[f"{name}.tensor.{i}"] = tensor.detach().cpu().contiguous().clone()
         entry = {"layout": weight.layout, "dtype": str(weight.dtype), "numbers": weight.numbers}
         metadata[f"{_KEY}:{name}"] = json.dumps(entry)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
+    with taking_the_place_of(path) as aside:
         save_file(tensors, aside, metadata=metadata)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, SparseWeight]:
