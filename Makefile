@@ -49,6 +49,7 @@ bench: setup
 	-$(BIN)/python -m benchmarks.multi_time --json "$(RESULTS)/multi_time.json"
 	-$(BIN)/python -m benchmarks.masked_time --json "$(RESULTS)/masked_time.json"
 	-$(BIN)/python -m benchmarks.block_sparse_time --json "$(RESULTS)/block_sparse_time.json"
+	-$(BIN)/python -m benchmarks.csr_time --json "$(RESULTS)/csr_time.json"
 	-$(BIN)/python -m benchmarks.delta_time --json "$(RESULTS)/delta_time.json"
 	$(BIN)/python -m benchmarks.report "$(RESULTS)"/bench_*.json
 	$(BIN)/python -m benchmarks.charts "$(RESULTS)/bench_sweep.json"

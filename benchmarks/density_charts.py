@@ -1,8 +1,9 @@
-"""Charts of time against density from result files: block-sparse layers, and layers of which chosen weights train.
+"""Charts of time against density from result files: block-sparse layers, layers of which chosen weights train, and
+unstructured ones of layout "csr".
 
     python -m benchmarks.density_charts [--results FOLDER] [--output FOLDER]
 
-Reads `block_sparse_time.json` and `delta_time.json`, by default of benchmarks/results/cpu.
+Reads `block_sparse_time.json`, `delta_time.json` and `csr_time.json`, by default of benchmarks/results/cpu.
 Only what was measured is drawn: medians of interleaved ratios; of ours their quartiles too.
 """
 
@@ -71,14 +72,19 @@ def draw(results: Path, target: Path) -> Path:
 
     blocks = json.loads((results / "block_sparse_time.json").read_text())
     deltas = json.loads((results / "delta_time.json").read_text())
+    kept = json.loads((results / "csr_time.json").read_text())
     m, n, k = (blocks["sizes"][name] for name in "mnk")
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2))
+    figure, (panels, below) = pyplot.subplots(2, 3, figsize=(13, 8.2))
     for panel, (step, title) in zip(panels, STEPS.items(), strict=False):
         records = [record for record in blocks["records"] if record["step"] == step]
         _panel(panel, "dense", records, f"blocks of {blocks['block']}, {title}")
         panel.set_xlabel("density of blocks")
     _panel(panels[2], "two matmuls", deltas, "chosen weights, forward + backward")
     panels[2].set_xlabel("part of the weights that trains")
+    for panel, step in zip(below, dict.fromkeys(record["step"] for record in kept["records"]), strict=True):
+        records = [record for record in kept["records"] if record["step"] == step]
+        _panel(panel, "dense", records, f"csr, {step}")
+        panel.set_xlabel("density of weights")
     figure.suptitle(
         f"Time against density, M={m}, N={n}, K={k}, float32, CPU, {blocks['threads']} threads", fontsize=10
     )

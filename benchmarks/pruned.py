@@ -112,7 +112,7 @@ def _gpu_specs(mode: str) -> list[PrunedSpec]:
     if mode == FORWARD_BACKWARD:
         return [*large, make(8192, op=DELTA, density=0.01)]
     few = [make(1, op=SPARSE, layout="bitmap", density=density) for density in (0.5, 0.3, 0.1)]
-    few += [make(m, op=SPARSE, layout="csr", density=density) for m in (1, 8) for density in (0.3, 0.1)]
+    few += [make(m, op=SPARSE, layout="csr", density=density) for m in (1, 8) for density in (0.3, 0.1, 0.05)]
     return [*few, *large]
 
 
@@ -132,7 +132,7 @@ def bars(spec: PrunedSpec, mode: str) -> dict[str, float]:
         return {"ratio_to_frozen": 1.04 if mode == FORWARD else 1.03}
     if spec.layout == "block" and spec.density == 0.1 and mode == FORWARD:
         return {"ratio_to_frozen": 1 / 5}
-    if spec.op == SPARSE and spec.m == 1:
+    if spec.op == SPARSE and spec.m == 1 and spec.density in _DECODING:
         return {"ratio_to_frozen": _DECODING[spec.density]}
     return {}
 

@@ -7,7 +7,17 @@ import json
 import pytest
 import torch
 
-from benchmarks import block_sparse_time, compare, delta_time, density_charts, gate, masked_time, peers, pruned
+from benchmarks import (
+    block_sparse_time,
+    compare,
+    csr_time,
+    delta_time,
+    density_charts,
+    gate,
+    masked_time,
+    peers,
+    pruned,
+)
 from benchmarks.problems import FORWARD, MODES
 from peft_kernels import dispatch
 from tests.test_benchmarks import spoil
@@ -29,6 +39,19 @@ def test_blocks_agree_with_float64_before_they_are_timed(monkeypatch):
     correct = block_sparse_time.functional.sparse_linear
     monkeypatch.setattr(block_sparse_time.functional, "sparse_linear", lambda *t: correct(*t) * 1.001)
     with pytest.raises(AssertionError, match=r"density 0\.5"):
+        problem.check()
+
+
+def test_kept_weights_agree_with_float64_before_they_are_timed(monkeypatch):
+    problem = csr_time.Problem((1, 9), 40, 56, 0.3)
+    problem.check()
+    for pair in problem.pairs():
+        ours, theirs = (([r] if isinstance(r, torch.Tensor) else r) for r in (pair.ours(), pair.theirs()))
+        torch.testing.assert_close(list(ours), list(theirs), rtol=1e-4, atol=1e-5)
+    assert {pair.step for pair in problem.pairs()} == {"forward, M=1", "forward, M=9", "forward and dx, M=9"}
+    correct = csr_time.functional.sparse_linear
+    monkeypatch.setattr(csr_time.functional, "sparse_linear", lambda *t: correct(*t) * 1.001)
+    with pytest.raises(AssertionError, match=r"density 0\.3, y"):
         problem.check()
 
 
@@ -79,7 +102,9 @@ def test_density_charts_show_what_was_measured(tmp_path):
     told = {"sizes": {"m": 6, "n": 64, "k": 96}, "block": 32, "threads": 2, "records": records}
     (tmp_path / "block_sparse_time.json").write_text(json.dumps(told))
     arguments = ["--results", str(tmp_path), "--output", str(tmp_path / "images")]
-    assert density_charts.main(arguments) == 1  # a file is missing
+    assert density_charts.main(arguments) == 1  # files are missing
+    kept = [{**record, "step": step} for record in records if record["step"] == "forward" for step in ("1", "2", "3")]
+    (tmp_path / "csr_time.json").write_text(json.dumps({"records": kept}))
     deltas = [{**record, "against": "two matmuls"} for record in records if record["step"] == "forward"]
     (tmp_path / "delta_time.json").write_text(json.dumps(deltas))
     assert density_charts.main(arguments) == 0
@@ -91,6 +116,7 @@ SPECS = [
     pruned.PrunedSpec(48, 96, 80, 0, clean=True),
     pruned.PrunedSpec(48, 96, 160, 0, op=pruned.SPARSE, layout="block", density=0.3),
     pruned.PrunedSpec(5, 96, 80, 0, op=pruned.SPARSE, layout="bitmap", density=0.3),
+    pruned.PrunedSpec(5, 96, 80, 0, op=pruned.SPARSE, layout="csr", density=0.3),
     pruned.PrunedSpec(48, 96, 80, 0, op=pruned.DELTA, density=0.05),
 ]
 
