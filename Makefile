@@ -16,11 +16,15 @@ RESULTS ?= $$($(BIN)/python -m benchmarks.provenance)
 
 setup: $(STAMP)
 
-# torch comes first and alone, pinned: were it pulled in as a dependency, pip could take another build of it.
+# torch comes before what depends on it, pinned: pulled in as a dependency, pip could take another build of it. The native
+# parts need neither and compile meanwhile.
 $(STAMP): $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt 'setuptools>=77' pybind11 ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace & build=$$!; \
+	  $(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)" && \
+	  PEFT_KERNELS_BUILD=0 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'; \
+	  installed=$$?; wait $$build && exit $$installed
 	touch $@
 
 demo: setup
