@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from peft_kernels import explain, functional, use_backend
+from peft_kernels import dispatch, explain, functional, use_backend
 from peft_kernels.formats.positions import Positions
-from peft_kernels.formats.sparse_delta import prepare
+from peft_kernels.formats.sparse_delta import SparseDelta, prepare
 from peft_kernels.kernels import _masked
 from tests.allocations import peak_bytes
 from tests.backends import across
@@ -66,6 +66,22 @@ def test_rows_do_not_mix(backend):
         assert torch.equal(bad[name][~mine], clean[name][~mine]), name
     for name in ("values.0", "values.2", "values.3"):
         assert torch.equal(bad[name], clean[name]), name
+
+
+@EACH
+def test_a_delta_that_no_row_chose_gets_zeros(backend):
+    """Not None, which autograd would fill in but a compiled graph would miss."""
+    problem = SparseDeltaProblem(6, 31, 18, deltas=2, density=0.5, device=backend.device)
+    x, weight = (problem.tensors[name].detach() for name in ("x", "weight"))
+    deltas = [
+        SparseDelta(positions, problem.tensors[f"values.{i}"].detach()) for i, positions in enumerate(problem.places)
+    ]
+    ids = torch.full((6,), 0, device=backend.device)
+    implementation = dispatch.implementation("sparse_delta_linear", backend.name)
+    *_, grads = implementation.backward(problem.grad_y, x, weight, deltas, ids, (False, False, False, [False, True]))
+    assert grads[0] is None
+    assert grads[1].shape == deltas[1].values.shape != (0,)
+    assert not grads[1].any()
 
 
 def test_ids_per_sample_choose_as_per_row():
