@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peft_kernels.formats.mask import PackedMask, words_of
 from peft_kernels.functional import mask_pack
-from peft_kernels.kernels.cpu import select as native
+from peft_kernels.kernels.cpu import _select as native
 from peft_kernels.pruning._scores import Scores, scores_of
 
 _DIGIT = 11

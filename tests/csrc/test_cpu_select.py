@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_kernels.kernels.cpu import select
+from peft_kernels.kernels.cpu import _select as select
 from peft_kernels.pruning import keep_largest, thresholds
 
 INF, NAN = float("inf"), float("nan")
