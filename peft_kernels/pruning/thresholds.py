@@ -24,6 +24,7 @@ from torch import Tensor
 from peft_kernels.formats.mask import PackedMask, words_of
 from peft_kernels.functional import mask_pack
 from peft_kernels.kernels.cpu import _select as native
+from peft_kernels.ops._eager import is_plain
 from peft_kernels.pruning._scores import Scores, scores_of
 
 _DIGIT = 11
@@ -125,13 +126,8 @@ class _Search:
         self.integer = torch.int64 if dtype == torch.float64 else torch.int32
         self.prefix = torch.zeros(rows, 1, dtype=self.integer, device=device)
         self.wanted = torch.full((rows, 1), k, dtype=torch.int64, device=device)
-        self.native = (
-            not torch.compiler.is_compiling()
-            and rows == 1
-            and device.type == "cpu"
-            and dtype == torch.float32
-            and native.is_available()
-        )
+        plain = rows == 1 and device.type == "cpu" and dtype == torch.float32
+        self.native = plain and not torch.compiler.is_compiling() and native.is_available()
 
     def run(self, strips: Callable[[], Iterable[Tensor]]) -> None:
         """Finds the digits. `strips()` gives all scores, once for each digit."""
@@ -147,7 +143,7 @@ class _Search:
         rows, device = len(self.prefix), self.prefix.device
         counts = torch.zeros(rows * self.bins, dtype=torch.int64, device=device)
         for strip in strips:
-            if self.native and strip.device.type == "cpu":
+            if self._by_csrc(strip):
                 native.count(strip, top, low, int(self.prefix), counts)
                 continue
             keys = _keys(strip)
@@ -162,6 +158,10 @@ class _Search:
             counts += _histogram(digits, rows * self.bins).to(device)
         return counts.view(rows, self.bins)
 
+    def _by_csrc(self, strip: Tensor) -> bool:
+        """Whether csrc reads the strip: not on another device than the digits, nor past who watches PyTorch's ops."""
+        return self.native and strip.device.type == "cpu" and is_plain(strip)
+
     def _narrow(self, counts: Tensor, bits: int) -> None:
         """Appends the digit: the largest one that, with all above it, has as many keys as are wanted."""
         up_to = counts.cumsum(1)
@@ -172,7 +172,7 @@ class _Search:
 
     def kept_words(self, strip: Tensor) -> Tensor:
         """The words of a mask of what `kept` gives."""
-        if not (self.native and strip.device.type == "cpu"):
+        if not self._by_csrc(strip):
             return mask_pack(self.kept(strip)).words
         words, ties = native.kept_words(strip, int(self.prefix), int(self.wanted))
         self.wanted -= ties
