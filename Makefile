@@ -10,6 +10,7 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 # More workers than this only read the disk against one another.
 WORKERS ?= $(shell [ $(CORES) -lt 8 ] && echo $(CORES) || echo 8)
+PIP_FLAGS := --quiet --no-compile -c constraints.txt
 RESULTS ?= $$($(BIN)/python -m benchmarks.provenance)
 
 .PHONY: setup demo test lint bench gpu clean
@@ -17,13 +18,13 @@ RESULTS ?= $$($(BIN)/python -m benchmarks.provenance)
 setup: $(STAMP)
 
 # torch comes before what depends on it, pinned: pulled in as a dependency, pip could take another build of it. The native
-# parts need neither and compile meanwhile.
+# parts need neither and compile meanwhile. Of 14,000 modules a few are imported, which writes their bytecode.
 $(STAMP): $(BUILT_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt 'setuptools>=77' pybind11 ninja
+	$(BIN)/python -m pip install $(PIP_FLAGS) 'setuptools>=77' pybind11 ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace & build=$$!; \
-	  $(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)" && \
-	  PEFT_KERNELS_BUILD=0 $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'; \
+	  $(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' constraints.txt)" && \
+	  PEFT_KERNELS_BUILD=0 $(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'; \
 	  installed=$$?; wait $$build && exit $$installed
 	touch $@
 
