@@ -6,16 +6,18 @@
 
 #include "sparse_delta_linear.h"
 
-constexpr int64_t kCsrChain = 256;  // numbers of a row that are widened, and summed, at a time
+// Numbers of a row that are widened, and summed, at a time: by 8 lanes, or by two chains for each row of x. A dense
+// product cuts its sums by columns, so that of little that is kept it adds a few numbers at a time.
+constexpr int64_t kCsrChain = 256, kCsrPairedChain = 32;
 
-// visit(values, columns, count) for a row's numbers, as floats, at most kCsrChain at a time.
-template <class Index, class Visitor>
+// visit(values, columns, count) for a row's numbers, as floats, at most `chain` at a time.
+template <class Index, int64_t chain, class Visitor>
 PEFT_KERNELS_INLINE void csr_visit(const CsrWeight& w, int64_t row, Visitor visit) {
-  alignas(64) float widened[kCsrChain];
+  alignas(64) float widened[chain];
   const int64_t stop = int64_t{w.starts[row + 1]} * kCsrGroup;
   const auto* columns = static_cast<const Index*>(w.columns);
-  for (int64_t i = int64_t{w.starts[row]} * kCsrGroup; i < stop; i += kCsrChain) {
-    const int64_t count = std::min(kCsrChain, stop - i);
+  for (int64_t i = int64_t{w.starts[row]} * kCsrGroup; i < stop; i += chain) {
+    const int64_t count = std::min(chain, stop - i);
     const float* values = static_cast<const float*>(w.values) + i;
     if (w.dtype != kFloat32) {
       delta_widen(w.dtype, static_cast<const uint16_t*>(w.values) + i, count, widened);
@@ -30,7 +32,7 @@ template <class Index>
 inline void csr_dots(const CsrWeight& w, int64_t begin, int64_t end, const float* x, float* sums) {
   for (int64_t n = begin; n < end; ++n) {
     float total = 0.0f;
-    csr_visit<Index>(w, n, [&](const float* values, const Index* columns, int64_t count) {
+    csr_visit<Index, kCsrChain>(w, n, [&](const float* values, const Index* columns, int64_t count) {
       float lanes[kCsrGroup] = {};
       for (int64_t i = 0; i < count; i += kCsrGroup)
         unrolled<kCsrGroup>([&](auto j) { lanes[j] += values[i + j] * x[columns[i + j]]; });
@@ -48,7 +50,7 @@ inline void csr_forward(const CsrWeight& w, int64_t begin, int64_t end, const fl
   for (int64_t n = begin; n < end; ++n) {
     float* target = out + n * kDeltaRows;
     unrolled<kDeltaVectors>([&](auto v) { store(target + v * kFloats, Floats{}); });
-    csr_visit<Index>(w, n, [&](const float* values, const Index* columns, int64_t count) {
+    csr_visit<Index, kCsrPairedChain>(w, n, [&](const float* values, const Index* columns, int64_t count) {
       alignas(64) float part[kDeltaRows];
       const int64_t bounds[] = {0, count};
       delta_forward(columns, values, bounds, 0, 0, 1, x, part);
@@ -63,7 +65,7 @@ inline void csr_forward(const CsrWeight& w, int64_t begin, int64_t end, const fl
 template <class Index>
 inline void csr_grad_x(const CsrWeight& w, int64_t begin, int64_t end, const float* grad_y, float* grad_x) {
   for (int64_t n = begin; n < end; ++n)
-    csr_visit<Index>(w, n, [&](const float* values, const Index* columns, int64_t count) {
+    csr_visit<Index, kCsrChain>(w, n, [&](const float* values, const Index* columns, int64_t count) {
       const int64_t bounds[] = {0, count};
       delta_grad_x(columns, values, bounds, 0, 0, 1, grad_y + n * kDeltaRows, grad_x);
     });

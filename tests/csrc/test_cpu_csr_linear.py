@@ -18,16 +18,18 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 @pytest.mark.parametrize(("m", "dtype"), [(3, F32), (15, F32), (33, F32), (3, BF16), (33, F16)])
 def test_right_to_rounding(width, m, dtype):
     """Dots and blocks of 16 rows that are not full, sides that are no multiple of 4, rows longer than what is summed at
-    a time (256) and columns longer than that (64)."""
+    a time (256, 32) and columns longer than that (64)."""
     for k, n, density in ((7, 70, 0.3), (66, 33, 0.1), (601, 90, 0.8)):
         problem = SparseProblem(m, k, n, dtype, layout="csr", density=density, bias=n != 33)
         with use_backend("cpu"):
             assert_within_rounding(problem, problem.run())
 
 
-def test_long_sums_are_as_accurate_as_eager(width):
-    for m in (2, 7):
-        problem = SparseProblem(m, 2100, 1000, layout="csr", density=0.9)
+def test_sums_are_as_accurate_as_eager(width):
+    """Long ones, and those of a row that keeps 80 of 4096 numbers: a dense product cuts its sums by columns, so that it
+    adds a few of them at a time."""
+    for m, k, n, density in ((2, 2100, 1000, 0.9), (7, 2100, 1000, 0.9), (16, 4096, 1024, 0.02)):
+        problem = SparseProblem(m, k, n, layout="csr", density=density, bias=False)
         with use_backend("cpu"):
             assert_as_accurate_as_eager(problem, problem.run())
 
