@@ -164,6 +164,22 @@ def put_layers(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
         _leave_fast_path(parent)
 
 
+def put_linears_back(model: nn.Module, kind: type, where: str) -> tuple[str, ...]:
+    """Puts what `to_linear` gives into the places of all layers of a kind of ours; the names of the layers, in the
+    model's order.
+
+    Raises:
+        ValueError: the model is itself such a layer.
+        TypeError: `model` is no module.
+    """
+    model = unwrap(model)
+    if isinstance(model, kind):
+        raise ValueError(f"{where}: the model is itself a {kind.__name__}; use its to_linear")
+    sites = [site for site in all_sites(model) if isinstance(site.module, kind)]
+    put_layers(model, {site.module: site.module.to_linear() for site in sites})
+    return tuple(site.name for site in sites)
+
+
 def _leave_fast_path(module: nn.Module) -> None:
     # In inference PyTorch's encoder layer hands linear1.weight and linear2.weight to one fused call that knows neither
     # updates nor 4 bits. A value of 0 here is its own way to say that the call does not apply.

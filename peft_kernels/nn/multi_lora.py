@@ -14,7 +14,15 @@ from peft_kernels.formats.pool import AdapterPool, PoolLayer
 from peft_kernels.functional import multi_lora_linear
 from peft_kernels.nn._layers import flags_kept
 from peft_kernels.nn._quantised import Quantised
-from peft_kernels.nn._sites import all_sites, check_open, compiled_modules, put_layers, replacement_objection, unwrap
+from peft_kernels.nn._sites import (
+    all_sites,
+    check_open,
+    compiled_modules,
+    put_layers,
+    put_linears_back,
+    replacement_objection,
+    unwrap,
+)
 from peft_kernels.nn.lora import dense_weight_of, is_linear, plain_linear
 from peft_kernels.nn.nf4 import NF4Linear, is_quantised_linear, weight_of
 
@@ -216,9 +224,4 @@ def detach_pool(model: nn.Module) -> tuple[str, ...]:
         ValueError: the model is itself a `MultiLoRALinear`.
         TypeError: `model` is no module.
     """
-    model = unwrap(model)
-    if isinstance(model, MultiLoRALinear):
-        raise ValueError("detach_pool: the model is itself a MultiLoRALinear; use its to_linear")
-    sites = [site for site in all_sites(model) if isinstance(site.module, MultiLoRALinear)]
-    put_layers(model, {site.module: site.module.to_linear() for site in sites})
-    return tuple(site.name for site in sites)
+    return put_linears_back(model, MultiLoRALinear, "detach_pool")

@@ -16,7 +16,15 @@ from peft_kernels.formats.mask import PackedMask, PackedMaskStack, full, stack
 from peft_kernels.formats.strict_json import short
 from peft_kernels.functional import multi_mask_linear
 from peft_kernels.nn._masked_state import words_problem
-from peft_kernels.nn._sites import all_sites, check_open, compiled_modules, put_layers, replacement_objection, unwrap
+from peft_kernels.nn._sites import (
+    all_sites,
+    check_open,
+    compiled_modules,
+    put_layers,
+    put_linears_back,
+    replacement_objection,
+    unwrap,
+)
 from peft_kernels.nn.lora import dense_weight_of, plain_linear
 from peft_kernels.nn.masked import MaskedLinear
 
@@ -286,9 +294,4 @@ def detach_masks(model: nn.Module) -> tuple[str, ...]:
         ValueError: the model is itself a `MultiMaskLinear`.
         TypeError: `model` is no module.
     """
-    model = unwrap(model)
-    if isinstance(model, MultiMaskLinear):
-        raise ValueError("detach_masks: the model is itself a MultiMaskLinear; use its to_linear")
-    sites = [site for site in all_sites(model) if isinstance(site.module, MultiMaskLinear)]
-    put_layers(model, {site.module: site.module.to_linear() for site in sites})
-    return tuple(site.name for site in sites)
+    return put_linears_back(model, MultiMaskLinear, "detach_masks")
