@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import shutil
 import statistics
@@ -340,11 +341,13 @@ class TestCost:
             return trace
 
         before = sys.gettrace()
+        gc.disable()  # what a collection finalises, of other tests too, would count
         sys.settrace(trace)
         try:
             call()
         finally:
             sys.settrace(before)
+            gc.enable()
         return events[0]
 
 
