@@ -67,7 +67,7 @@ bench multi 18 multi_lora_linear 'not delta and not reference'
 # Decoding by compressed weights first, then masks, blocks and chosen weights in training.
 bench pruned_decode 18 pruned '(bitmap or csr) and not reference'
 bench pruned 28 pruned '(masked or block or chosen) and not reference'
-bench sweep 15 sweep 'test_sweep'
+bench sweep 13 sweep 'test_sweep'
 bench compiled 15 lora_linear 'compiled and M8192 and r16 and p0-'
 bench others 10 "lora_linear $BLOCKS" 'unsloth or lorafusion or liger'
 part memory 15 "$PYTHON" -m benchmarks.block_memory --json "$RESULTS/block_memory.json"

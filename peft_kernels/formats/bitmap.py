@@ -22,14 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.formats.mask import PackedMask, popcount
+from peft_kernels.formats._kept import PIECE, bits_of, kept_rows, row_counts
+from peft_kernels.formats.mask import PackedMask
 
 STRIP, CHUNK, LANES, TILES, STREAMS = 16, 256, 32, 16, 2
 """Rows of a strip, columns of a chunk, lanes of a warp, tiles of a chunk, streams of a lane."""
 MOST_CHUNKS = 16
 """Chunks of a panel, at most: one for each warp of a block."""
 _ENOUGH_PANELS, _FEW_CHUNKS = 128, 4
-_PIECE = 1 << 22  # weights that are laid out at a time
 
 
 class BitmapWeight(NamedTuple):
@@ -113,9 +113,9 @@ class BitmapWeight(NamedTuple):
             kept = _expand(self.bits[first:last])
             places, _ = _stream_places(kept, self.panels)
             found = places + _first_slots(self.starts, self.panels, kept.shape, first, last) * (LANES * STREAMS)
-            values = _bits_of(self.values).new_zeros(kept.shape)
+            values = bits_of(self.values).new_zeros(kept.shape)
             if self.kept:
-                flat = _bits_of(self.values).flatten()
+                flat = bits_of(self.values).flatten()
                 values = torch.where(kept, flat[found.clamp_(max=flat.numel() - 1)], values)
             piece = _to_rows(values)[: len(rows), :k].view(self.dtype)
             yield rows, piece if dtype is None else piece.to(dtype)
@@ -156,18 +156,18 @@ def compress_bitmap(weight: Tensor, mask: PackedMask | None = None, *, panels: i
     if not 0 < width <= MOST_CHUNKS or (chunks and (panels - 1) * width >= chunks):
         raise ValueError(f"compress_bitmap: panels is {panels}; {chunks} chunks cannot be cut into so many")
     device = weight.device
-    row_counts = _row_counts(weight, mask)
+    by_row = row_counts(weight, mask)
     order = torch.full((strips * STRIP,), n, dtype=torch.int32, device=device)
-    order[:n] = torch.argsort(row_counts, descending=True, stable=True).int()
+    order[:n] = torch.argsort(by_row, descending=True, stable=True).int()
     bits = torch.empty(strips, chunks, LANES, TILES, dtype=torch.uint8, device=device)
     slots = torch.zeros(strips, panels, dtype=torch.int64, device=device)
     for first, last in _spans(strips, k):
-        kept = _tiled(_kept_rows(weight, mask, order[first * STRIP : min(last * STRIP, n)].long()), last - first)
+        kept = _tiled(kept_rows(weight, mask, order[first * STRIP : min(last * STRIP, n)].long()), last - first)
         bits[first:last] = _to_bytes(kept)
         slots[first:last] = _stream_places(kept, panels)[1]
     starts = torch.zeros(strips * panels + 1, dtype=torch.int64, device=device)
     torch.cumsum(slots.flatten(), 0, out=starts[1:])
-    numbers = (starts[-1], slots.max() if slots.numel() else starts[-1], row_counts.sum())
+    numbers = (starts[-1], slots.max() if slots.numel() else starts[-1], by_row.sum())
     total, most_slots, kept_count = torch.stack(numbers).tolist()
     starts = starts.int()
     values = _values(weight, order, bits, starts, panels, total)
@@ -200,30 +200,10 @@ def _check(weight: Tensor, mask: PackedMask | None) -> None:
 
 
 def _spans(strips: int, columns: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of strips, of about `_PIECE` weights together."""
-    step = max(1, _PIECE // (STRIP * max(1, columns)))
+    """[first, last) of strips, of about `PIECE` weights together."""
+    step = max(1, PIECE // (STRIP * max(1, columns)))
     for first in range(0, strips, step):
         yield first, min(first + step, strips)
-
-
-def _bits_of(values: Tensor) -> Tensor:
-    """The same memory as integers, which are moved about without a change to the bits of a NaN."""
-    return values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
-
-
-def _row_counts(weight: Tensor, mask: PackedMask | None) -> Tensor:
-    """Kept weights of each row, int64 [n]."""
-    if mask is not None:
-        return popcount(mask.words).sum(1)
-    pieces = weight.split(max(1, _PIECE // max(1, weight.shape[1])))
-    return torch.cat([piece.count_nonzero(1) for piece in pieces]) if pieces else weight.new_zeros(0, dtype=torch.int64)
-
-
-def _kept_rows(weight: Tensor, mask: PackedMask | None, rows: Tensor) -> Tensor:
-    """bool [len(rows), k]."""
-    if mask is None:
-        return weight[rows] != 0
-    return PackedMask(mask.words[rows], torch.Size((len(rows), mask.shape[1]))).unpack()
 
 
 def _tiled(rows: Tensor, strips: int) -> Tensor:
@@ -280,11 +260,11 @@ def _first_slots(starts: Tensor, panels: int, shape: torch.Size, first: int, las
 def _values(weight: Tensor, order: Tensor, bits: Tensor, starts: Tensor, panels: int, total: int) -> Tensor:
     n, k = weight.shape
     size = total * LANES * STREAMS
-    values = _bits_of(weight).new_zeros(size + 1)  # what is not kept goes to the last element, which is cut off
+    values = bits_of(weight).new_zeros(size + 1)  # what is not kept goes to the last element, which is cut off
     for first, last in _spans(bits.shape[0], k):
         kept = _expand(bits[first:last])
         places, _ = _stream_places(kept, panels)
         places = places + _first_slots(starts, panels, kept.shape, first, last) * (LANES * STREAMS)
-        tiles = _tiled(_bits_of(weight)[order[first * STRIP : min(last * STRIP, n)].long()], last - first)
+        tiles = _tiled(bits_of(weight)[order[first * STRIP : min(last * STRIP, n)].long()], last - first)
         values.scatter_(0, torch.where(kept, places, size).flatten(), tiles.flatten())
     return values[:-1].view(weight.dtype).view(total, LANES, STREAMS)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_kernels.formats.bitmap import _bits_of, _kept_rows, _row_counts
+from peft_kernels.formats._kept import PIECE, bits_of, kept_rows, row_counts
 from peft_kernels.formats.mask import PackedMask
 
 LAYOUT = "csr"
@@ -25,7 +25,6 @@ GROUP = 8
 """Kept numbers of a group."""
 MOST_NARROW = 65_535
 """The most input features whose columns take 16 bits; those of wider weights take 32."""
-_PIECE = 1 << 22  # weights that are laid out at a time
 _MOST_GROUPS = 2**31 - 1  # `starts` are int32
 
 
@@ -105,7 +104,7 @@ class CsrWeight(NamedTuple):
         alive = groups < starts[1:, None]
         groups = torch.where(alive, groups, 0)
         columns = torch.where(alive.unsqueeze(2), _wide(self.columns)[groups], k)
-        values = _bits_of(self.values)[groups]
+        values = bits_of(self.values)[groups]
         out = values.new_zeros(stop - start, k + GROUP).scatter_(1, columns.flatten(1).long(), values.flatten(1))
         dense = out.view(self.dtype)[:, :k]
         return dense if dtype is None else dense.to(dtype)
@@ -151,7 +150,7 @@ class CsrWeight(NamedTuple):
         in_order = (columns.flatten().diff() > 0) | (pads[:-1] & pads[1:]) | (rows.diff() != 0)
         if not bool(in_order.all()):
             raise ValueError(f"{where}: a row's columns are not in order, or one occurs twice")
-        if bool(_bits_of(self.values).flatten()[pads].any()):
+        if bool(bits_of(self.values).flatten()[pads].any()):
             raise ValueError(f"{where}: numbers other than 0 beyond the last column")
 
 
@@ -176,22 +175,22 @@ def compress_csr(weight: Tensor, mask: PackedMask | None = None) -> CsrWeight:
         ValueError: more than 2³¹ groups of kept weights.
     """
     (n, k), device = weight.shape, weight.device
-    counts = _row_counts(weight, mask)
+    counts = row_counts(weight, mask)
     sizes = -(-counts // GROUP)
     starts = F.pad(sizes.cumsum(0), (1, 0))
     most = sizes.max() if n else starts[0]
     total, most_groups, kept = torch.stack((starts[-1], most, counts.sum())).tolist()
     if total > _MOST_GROUPS:
         raise ValueError(f"compress: {total} groups of kept weights; expected at most {_MOST_GROUPS}")
-    values = _bits_of(weight).new_zeros(total * GROUP)
+    values = bits_of(weight).new_zeros(total * GROUP)
     columns = torch.full((total * GROUP,), k, dtype=torch.int32, device=device).to(_column_dtype(k))
     for first, last in _spans(n, k):
-        rows, found = _kept_rows(weight, mask, torch.arange(first, last, device=device)).nonzero().unbind(1)
+        rows, found = kept_rows(weight, mask, torch.arange(first, last, device=device)).nonzero().unbind(1)
         some = counts[first:last]
         # The place of a kept weight: its row's, and how many of the row come before it.
         before = some.cumsum(0) - some
         places = starts[first:last][rows] * GROUP + torch.arange(len(rows), device=device) - before[rows]
-        values[places] = _bits_of(weight[first:last])[rows, found]
+        values[places] = bits_of(weight[first:last])[rows, found]
         columns[places] = found.to(columns.dtype)
     tensors = (values.view(weight.dtype).view(total, GROUP), columns.view(total, GROUP), starts.int())
     return CsrWeight(*tensors, weight.shape, most_groups, kept)
@@ -208,7 +207,7 @@ def _wide(columns: Tensor) -> Tensor:
 
 
 def _spans(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of rows, of about `_PIECE` weights together."""
-    step = max(1, _PIECE // max(1, columns))
+    """[first, last) of rows, of about `PIECE` weights together."""
+    step = max(1, PIECE // max(1, columns))
     for first in range(0, rows, step):
         yield first, min(first + step, rows)

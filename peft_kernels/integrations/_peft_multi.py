@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from peft_kernels import functional
 from peft_kernels.checks import MAX_RANK
+from peft_kernels.formats._open_ids import BASE_NAME
 from peft_kernels.formats.adapter_table import BASE
 from peft_kernels.formats.nf4 import NF4Weight
 from peft_kernels.integrations._peft_nf4 import input_of, output_for
@@ -33,9 +34,6 @@ from peft_kernels.integrations._peft_objections import (
     tensor_of,
 )
 from peft_kernels.integrations._peft_operands import DISABLED, MERGED, NOT_IN_BATCH, is_plain_lora, single
-
-BASE_NAME = "__base__"
-"""PEFT's name for no adapter."""
 
 
 class Choice(NamedTuple):

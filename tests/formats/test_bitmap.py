@@ -106,7 +106,7 @@ def test_rows_of_uneven_length_take_little_more():
 def test_pieces_have_each_row_once(monkeypatch):
     from peft_kernels.formats import bitmap
 
-    monkeypatch.setattr(bitmap, "_PIECE", 40 * 300)
+    monkeypatch.setattr(bitmap, "PIECE", 40 * 300)
     weight, kept = drawn(75, 300, 0.3)
     packed = compress_bitmap(weight, masks.pack(kept))
     pieces = list(packed.pieces(torch.float32))

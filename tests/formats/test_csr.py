@@ -17,7 +17,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, F32, torch.float64], ids=str)
 def test_every_bit_comes_back(dtype, density, monkeypatch):
     """Also laid out in several pieces, one of which ends with rows that keep nothing."""
-    monkeypatch.setattr(csr, "_PIECE", 20_000)
+    monkeypatch.setattr(csr, "PIECE", 20_000)
     for n, k in SHAPES:
         weight, kept = drawn(n, k, density, dtype)
         kept[n // 3 : n // 2] = False
